@@ -1,8 +1,11 @@
 """GPT-2, built, trained and judged in one file, to be read from the first line to the last."""
 
+import math
 from dataclasses import dataclass
 
+import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model. A clean residual stream that attention and MLP read from and add to, once each in every block.
@@ -28,6 +31,17 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value of all heads at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(k.size(-1))  # (B, nh, T, T)
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+        y = weights @ v  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        return self.c_proj(y)
+
 
 class MLP(nn.Module):
     """Each token thinks by itself about what it gathered."""
@@ -37,6 +51,10 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
+    def forward(self, x):
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # erf was slow in 2019; kept, because GPT-2 has it
+        return self.c_proj(x)
+
 
 class Block(nn.Module):
     def __init__(self, config):
@@ -45,6 +63,11 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))  # norms sit inside the branches (pre-norm):
+        x = x + self.mlp(self.ln_2(x))  # gradients reach every layer through the sums unchanged
+        return x
 
 
 class GPT(nn.Module):
@@ -61,6 +84,20 @@ class GPT(nn.Module):
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
+    def hidden(self, idx):
+        """idx: int64 (B, T), T <= block_size. Returns what the head reads: float (B, T, n_embd)."""
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"sequence of {T} tokens, but block_size is {self.config.block_size}")
+        x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))
+        for block in self.transformer.h:
+            x = block(x)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx):
+        """idx: int64 (B, T). Returns logits (B, T, vocab_size)."""
+        return self.lm_head(self.hidden(idx))
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run.
@@ -68,6 +105,7 @@ class GPT(nn.Module):
 def main():
     model = GPT(GPTConfig())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    print("logits", tuple(model(torch.randint(50257, (2, 16))).shape))
 
 
 if __name__ == "__main__":
