@@ -1,6 +1,7 @@
 """GPT-2, built, trained and judged in one file, to be read from the first line to the last."""
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model. A clean residual stream that attention and MLP read from and add to, once each in every block.
+
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 @dataclass
@@ -98,14 +101,31 @@ class GPT(nn.Module):
         """idx: int64 (B, T). Returns logits (B, T, vocab_size)."""
         return self.lm_head(self.hidden(idx))
 
+    @classmethod
+    def from_pretrained(cls, name_or_dir):
+        """Released weights ("gpt2", ... "gpt2-xl") or a directory that Hugging Face's save_pretrained wrote."""
+        from transformers import GPT2LMHeadModel
+
+        hf, info = GPT2LMHeadModel.from_pretrained(name_or_dir, output_loading_info=True)
+        c = hf.config
+        if info["missing_keys"] or c.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
+            raise ValueError(f"{name_or_dir} is not a GPT-2 language model: give a released name or its directory")
+        model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
+        model.load_state_dict(transpose_conv1d(hf.float().state_dict()))
+        return model
+
+
+def transpose_conv1d(state):
+    """Hugging Face keeps four weights a block as Conv1D, (in, out), where nn.Linear has (out, in)."""
+    return {name: w.t() if name.endswith(CONV1D) else w for name, w in state.items()}
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run.
 
 def main():
-    model = GPT(GPTConfig())
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    print("logits", tuple(model(torch.randint(50257, (2, 16))).shape))
+    model = GPT.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "gpt2")
+    print(f"loaded {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
 if __name__ == "__main__":
