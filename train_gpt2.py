@@ -4,6 +4,7 @@ import math
 import sys
 from dataclasses import dataclass
 
+import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 # ----------------------------------------------------------------------------------------------------------------------
 # The model. A clean residual stream that attention and MLP read from and add to, once each in every block.
 
+EOT = 50256  # <|endoftext|>, the token that begins every document
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
@@ -101,6 +103,23 @@ class GPT(nn.Module):
         """idx: int64 (B, T). Returns logits (B, T, vocab_size)."""
         return self.lm_head(self.hidden(idx))
 
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, top_k=50, generator=None):
+        """
+        Continue idx, int64 (B, T), each token drawn from the `top_k` likeliest; beyond block_size
+        the oldest leave the context. generator: on idx's device. Returns int64 (B, T + max_new_tokens).
+        """
+        was_training = self.training
+        self.eval()
+        for _ in range(max_new_tokens):
+            last = self.hidden(idx[:, -self.config.block_size :])[:, -1]  # only the last position needs logits
+            logits = self.lm_head(last).float()
+            logits, candidates = logits.topk(min(top_k, logits.size(-1)))
+            choice = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+            idx = torch.cat((idx, candidates.gather(1, choice)), dim=1)
+        self.train(was_training)
+        return idx
+
     @classmethod
     def from_pretrained(cls, name_or_dir):
         """Released weights ("gpt2", ... "gpt2-xl") or a directory that Hugging Face's save_pretrained wrote."""
@@ -121,11 +140,37 @@ def transpose_conv1d(state):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Data.
+
+
+def get_tokenizer(text_file=False):
+    """GPT-2's BPE (tiktoken.Encoding). Where its merges can't be had: None, or for a text file its single-byte tokens."""
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except OSError:  # no network, and nothing in tiktoken's cache
+        if not text_file:
+            return None
+    print("warning: GPT-2's merges can't be downloaded: the text becomes GPT-2's single-byte tokens, longer and coarser")
+    # The vocabulary begins with the bytes that print (in Latin-1), then has the others, both in order.
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    order = printable + [b for b in range(256) if b not in printable]
+    # The ids in between are never made from text, but a young model samples them: give them a printable name.
+    names = {f"<|{i}|>": i for i in range(256, EOT)} | {"<|endoftext|>": EOT}
+    ranks = {bytes([b]): i for i, b in enumerate(order)}
+    return tiktoken.Encoding("gpt2-bytes", pat_str=r"\s?\S+|\s", mergeable_ranks=ranks, special_tokens=names)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The run.
 
 def main():
-    model = GPT.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "gpt2")
-    print(f"loaded {sum(p.numel() for p in model.parameters()):,} parameters")
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    model = (GPT.from_pretrained(sys.argv[1]) if len(sys.argv) > 1 else GPT(GPTConfig())).to(device)
+    tokenizer = get_tokenizer(text_file=True)
+    prompt = torch.tensor(tokenizer.encode_ordinary("Hello, I'm a language model,"), device=device)
+    generator = torch.Generator(device).manual_seed(42)
+    for row in model.generate(prompt.expand(5, -1), 30 - len(prompt), generator=generator).tolist():
+        print(tokenizer.decode(row))
 
 
 if __name__ == "__main__":
