@@ -1,8 +1,8 @@
 """GPT-2, built, trained and judged in one file, to be read from the first line to the last."""
 
 import math
-import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import tiktoken
 import torch
@@ -99,9 +99,13 @@ class GPT(nn.Module):
             x = block(x)
         return self.transformer.ln_f(x)
 
-    def forward(self, idx):
-        """idx: int64 (B, T). Returns logits (B, T, vocab_size)."""
-        return self.lm_head(self.hidden(idx))
+    def forward(self, idx, targets=None):
+        """idx, targets: int64 (B, T). Returns logits (B, T, vocab_size) and the mean cross entropy in nats, or None."""
+        logits = self.lm_head(self.hidden(idx))
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())  # float: bf16 has 3 digits
+        return logits, loss
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, top_k=50, generator=None):
@@ -165,12 +169,13 @@ def get_tokenizer(text_file=False):
 
 def main():
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    model = (GPT.from_pretrained(sys.argv[1]) if len(sys.argv) > 1 else GPT(GPTConfig())).to(device)
-    tokenizer = get_tokenizer(text_file=True)
-    prompt = torch.tensor(tokenizer.encode_ordinary("Hello, I'm a language model,"), device=device)
-    generator = torch.Generator(device).manual_seed(42)
-    for row in model.generate(prompt.expand(5, -1), 30 - len(prompt), generator=generator).tolist():
-        print(tokenizer.decode(row))
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig()).to(device)
+    tokens = torch.tensor(get_tokenizer(text_file=True).encode_ordinary(Path("input.txt").read_text()[:1000]))
+    run = tokens[: 4 * 32 + 1].to(device)  # one token more than fits: the last has only the place of a target
+    x, y = run[:-1].view(4, 32), run[1:].view(4, 32)
+    _, loss = model(x, y)
+    print(f"loss {loss.item():.4f}, ln(50257) = {math.log(50257):.4f}")
 
 
 if __name__ == "__main__":
