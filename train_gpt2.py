@@ -174,8 +174,13 @@ def main():
     tokens = torch.tensor(get_tokenizer(text_file=True).encode_ordinary(Path("input.txt").read_text()[:1000]))
     run = tokens[: 4 * 32 + 1].to(device)  # one token more than fits: the last has only the place of a target
     x, y = run[:-1].view(4, 32), run[1:].view(4, 32)
-    _, loss = model(x, y)
-    print(f"loss {loss.item():.4f}, ln(50257) = {math.log(50257):.4f}")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    for step in range(50):
+        optimizer.zero_grad()
+        _, loss = model(x, y)
+        loss.backward()
+        optimizer.step()
+        print(f"step {step:2d} | loss {loss.item():.4f}")
 
 
 if __name__ == "__main__":
