@@ -164,6 +164,23 @@ def get_tokenizer(text_file=False):
     return tiktoken.Encoding("gpt2-bytes", pat_str=r"\s?\S+|\s", mergeable_ranks=ranks, special_tokens=names)
 
 
+class DataLoaderLite:
+    """Walks a text in steps of B * T tokens, and begins again at its end."""
+
+    def __init__(self, path, B, T):
+        self.B, self.T, self.position = B, T, 0
+        self.tokens = torch.tensor(get_tokenizer(text_file=True).encode_ordinary(Path(path).read_text()))
+        print(f"{len(self.tokens):,} tokens: an epoch has {len(self.tokens) // (B * T)} batches of {B} x {T}")
+
+    def next_batch(self):
+        """Inputs and targets, int64 (B, T) each, targets one token ahead."""
+        if self.position + self.B * self.T + 1 > len(self.tokens):
+            self.position = 0
+        run = self.tokens[self.position : self.position + self.B * self.T + 1]
+        self.position += self.B * self.T
+        return run[:-1].view(self.B, self.T), run[1:].view(self.B, self.T)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The run.
 
@@ -171,12 +188,12 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     torch.manual_seed(1337)
     model = GPT(GPTConfig()).to(device)
-    tokens = torch.tensor(get_tokenizer(text_file=True).encode_ordinary(Path("input.txt").read_text()[:1000]))
-    run = tokens[: 4 * 32 + 1].to(device)  # one token more than fits: the last has only the place of a target
-    x, y = run[:-1].view(4, 32), run[1:].view(4, 32)
+    B, T, max_steps = 4, 32, 50
+    loader = DataLoaderLite("input.txt", B, T)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    for step in range(50):
+    for step in range(max_steps):
         optimizer.zero_grad()
+        x, y = (t.to(device) for t in loader.next_batch())
         _, loss = model(x, y)
         loss.backward()
         optimizer.step()
