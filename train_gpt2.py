@@ -88,6 +88,7 @@ class GPT(nn.Module):
             "ln_f": nn.LayerNorm(config.n_embd),
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied: tokens alike in the input are alike in the output
 
     def hidden(self, idx):
         """idx: int64 (B, T), T <= block_size. Returns what the head reads: float (B, T, n_embd)."""
