@@ -89,6 +89,18 @@ class GPT(nn.Module):
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied: tokens alike in the input are alike in the output
+        self.init_weights()
+
+    def init_weights(self):
+        """Normal with std 0.02 (GPT-2's code), biases 0, norms as they are: 1 and 0."""
+        # Each block adds twice to the residual stream; this keeps its variance from growing with depth
+        # (GPT-2 paper, section 2.3).
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, p in self.named_parameters():  # a tied tensor has one name here, so it is drawn once
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=residual_std if name.endswith("c_proj.weight") else 0.02)
 
     def hidden(self, idx):
         """idx: int64 (B, T), T <= block_size. Returns what the head reads: float (B, T, n_embd)."""
