@@ -1,6 +1,7 @@
 """GPT-2, built, trained and judged in one file, to be read from the first line to the last."""
 
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,16 +202,20 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     torch.manual_seed(1337)
     model = GPT(GPTConfig()).to(device)
-    B, T, max_steps = 4, 32, 50
+    B, T, max_steps = 4, 256, 10
     loader = DataLoaderLite("input.txt", B, T)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     for step in range(max_steps):
+        t0 = time.time()
         optimizer.zero_grad()
         x, y = (t.to(device) for t in loader.next_batch())
         _, loss = model(x, y)
         loss.backward()
         optimizer.step()
-        print(f"step {step:2d} | loss {loss.item():.4f}")
+        if device != "cpu":
+            torch.accelerator.synchronize()  # the GPU works behind our back; the clock must not
+        dt = time.time() - t0
+        print(f"step {step:2d} | loss {loss.item():.4f} | {dt * 1000:.0f} ms | {B * T / dt:,.0f} tok/s")
 
 
 if __name__ == "__main__":
