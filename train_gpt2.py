@@ -201,6 +201,7 @@ class DataLoaderLite:
 def main():
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     torch.manual_seed(1337)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it: multiply in 10-bit mantissas, add in float32
     model = GPT(GPTConfig()).to(device)
     B, T, max_steps = 4, 256, 10
     loader = DataLoaderLite("input.txt", B, T)
