@@ -210,7 +210,8 @@ def main():
         t0 = time.time()
         optimizer.zero_grad()
         x, y = (t.to(device) for t in loader.next_batch())
-        _, loss = model(x, y)
+        with torch.autocast(device, torch.bfloat16):
+            _, loss = model(x, y)
         loss.backward()
         optimizer.step()
         if device != "cpu":
