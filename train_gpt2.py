@@ -205,13 +205,14 @@ def main():
     model = GPT(GPTConfig()).to(device)
     B, T, max_steps = 4, 256, 10
     loader = DataLoaderLite("input.txt", B, T)
+    train_model = torch.compile(model) if device == "cuda" else model  # shares the weights; a CPU run is too short for it
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     for step in range(max_steps):
         t0 = time.time()
         optimizer.zero_grad()
         x, y = (t.to(device) for t in loader.next_batch())
         with torch.autocast(device, torch.bfloat16):
-            _, loss = model(x, y)
+            _, loss = train_model(x, y)
         loss.backward()
         optimizer.step()
         if device != "cpu":
