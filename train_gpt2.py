@@ -13,6 +13,7 @@ import torch.nn.functional as F
 # ----------------------------------------------------------------------------------------------------------------------
 # The model. A clean residual stream that attention and MLP read from and add to, once each in every block.
 
+VOCAB_SIZE = 50257  # GPT-2's tokens: 50,000 merges + 256 bytes + <|endoftext|>; rows beyond it are padding
 EOT = 50256  # <|endoftext|>, the token that begins every document
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -121,14 +122,14 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, top_k=50, generator=None):
         """
-        Continue idx, int64 (B, T), each token drawn from the `top_k` likeliest; beyond block_size
-        the oldest leave the context. generator: on idx's device. Returns int64 (B, T + max_new_tokens).
+        Continue idx, int64 (B, T), each token drawn from the `top_k` likeliest, never from the vocabulary's padding; beyond
+        block_size the oldest leave the context. generator: on idx's device. Returns int64 (B, T + max_new_tokens).
         """
         was_training = self.training
         self.eval()
         for _ in range(max_new_tokens):
             last = self.hidden(idx[:, -self.config.block_size :])[:, -1]  # only the last position needs logits
-            logits = self.lm_head(last).float()
+            logits = self.lm_head(last)[:, :VOCAB_SIZE].float()
             logits, candidates = logits.topk(min(top_k, logits.size(-1)))
             choice = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
             idx = torch.cat((idx, candidates.gather(1, choice)), dim=1)
@@ -199,7 +200,7 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     torch.manual_seed(1337)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it: multiply in 10-bit mantissas, add in float32
-    model = GPT(GPTConfig()).to(device)
+    model = GPT(GPTConfig(vocab_size=50304)).to(device)
     B, T, max_steps = 4, 256, 10
     loader = DataLoaderLite("input.txt", B, T)
     train_model = torch.compile(model) if device == "cuda" else model  # shares the weights; a CPU run is too short for it
