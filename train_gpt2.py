@@ -201,10 +201,10 @@ def main():
     torch.manual_seed(1337)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it: multiply in 10-bit mantissas, add in float32
     model = GPT(GPTConfig(vocab_size=50304)).to(device)
-    B, T, max_steps = 4, 256, 10
+    B, T, max_steps = 4, 256, 20
     loader = DataLoaderLite("input.txt", B, T)
     train_model = torch.compile(model) if device == "cuda" else model  # shares the weights; a CPU run is too short for it
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), eps=1e-8)
     for step in range(max_steps):
         t0 = time.time()
         optimizer.zero_grad()
@@ -212,11 +212,12 @@ def main():
         with torch.autocast(device, torch.bfloat16):
             _, loss = train_model(x, y)
         loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if device != "cpu":
             torch.accelerator.synchronize()  # the GPU works behind our back; the clock must not
         dt = time.time() - t0
-        print(f"step {step:2d} | loss {loss.item():.4f} | {dt * 1000:.0f} ms | {B * T / dt:,.0f} tok/s")
+        print(f"step {step:2d} | loss {loss.item():.4f} | norm {norm:.2f} | {dt * 1000:.0f} ms | {B * T / dt:,.0f} tok/s")
 
 
 if __name__ == "__main__":
