@@ -194,6 +194,23 @@ class DataLoaderLite:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Schedule.
+
+
+def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
+    """
+    Learning rate of a step (counted from 0): linear warmup, then half a cosine down to min_lr at max_steps
+    (GPT-3 paper, appendix B). The first step already has max_lr / warmup_steps: a rate of 0 would waste it.
+    """
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    if step >= max_steps:
+        return min_lr
+    progress = (step - warmup_steps) / (max_steps - warmup_steps)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The run.
 
 def main():
@@ -204,7 +221,7 @@ def main():
     B, T, max_steps = 4, 256, 20
     loader = DataLoaderLite("input.txt", B, T)
     train_model = torch.compile(model) if device == "cuda" else model  # shares the weights; a CPU run is too short for it
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), eps=1e-8)
     for step in range(max_steps):
         t0 = time.time()
         optimizer.zero_grad()
@@ -213,11 +230,14 @@ def main():
             _, loss = train_model(x, y)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        lr = get_lr(step, 6e-4, 6e-5, 2, max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.step()
         if device != "cpu":
             torch.accelerator.synchronize()  # the GPU works behind our back; the clock must not
         dt = time.time() - t0
-        print(f"step {step:2d} | loss {loss.item():.4f} | norm {norm:.2f} | {dt * 1000:.0f} ms | {B * T / dt:,.0f} tok/s")
+        print(f"step {step:2d} | loss {loss.item():.4f} | lr {lr:.2e} | norm {norm:.2f} | {dt * 1000:.0f} ms | {B * T / dt:,.0f} tok/s")
 
 
 if __name__ == "__main__":
