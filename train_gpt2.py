@@ -136,6 +136,15 @@ class GPT(nn.Module):
         self.train(was_training)
         return idx
 
+    def configure_optimizer(self, lr, weight_decay):
+        """AdamW as in GPT-3 (Brown et al. 2020, appendix B); only matrices and embeddings decay, not biases and norms."""
+        decay = [p for p in self.parameters() if p.dim() >= 2]
+        rest = [p for p in self.parameters() if p.dim() < 2]
+        for group, what in (decay, "decayed"), (rest, "not decayed"):
+            print(f"{what}: {len(group)} tensors, {sum(p.numel() for p in group):,} parameters")
+        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
     @classmethod
     def from_pretrained(cls, name_or_dir):
         """Released weights ("gpt2", ... "gpt2-xl") or a directory that Hugging Face's save_pretrained wrote."""
@@ -221,7 +230,7 @@ def main():
     B, T, max_steps = 4, 256, 20
     loader = DataLoaderLite("input.txt", B, T)
     train_model = torch.compile(model) if device == "cuda" else model  # shares the weights; a CPU run is too short for it
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = model.configure_optimizer(lr=6e-4, weight_decay=0.1)
     for step in range(max_steps):
         t0 = time.time()
         optimizer.zero_grad()
