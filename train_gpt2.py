@@ -227,17 +227,23 @@ def main():
     torch.manual_seed(1337)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it: multiply in 10-bit mantissas, add in float32
     model = GPT(GPTConfig(vocab_size=50304)).to(device)
-    B, T, max_steps = 4, 256, 20
+    B, T, max_steps = 4, 64, 20
     loader = DataLoaderLite("input.txt", B, T)
+    total_batch_size = 1024  # tokens; 2**19 in the real run
+    grad_accum_steps = total_batch_size // (B * T)
     train_model = torch.compile(model) if device == "cuda" else model  # shares the weights; a CPU run is too short for it
     optimizer = model.configure_optimizer(lr=6e-4, weight_decay=0.1)
     for step in range(max_steps):
         t0 = time.time()
         optimizer.zero_grad()
-        x, y = (t.to(device) for t in loader.next_batch())
-        with torch.autocast(device, torch.bfloat16):
-            _, loss = train_model(x, y)
-        loss.backward()
+        total = 0.0
+        for micro_step in range(grad_accum_steps):
+            x, y = (t.to(device) for t in loader.next_batch())
+            with torch.autocast(device, torch.bfloat16):
+                _, loss = train_model(x, y)
+            loss = loss / grad_accum_steps  # gradients add up over micro steps, the objective is a mean
+            loss.backward()
+            total += loss.detach()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         lr = get_lr(step, 6e-4, 6e-5, 2, max_steps)
         for group in optimizer.param_groups:
@@ -246,7 +252,7 @@ def main():
         if device != "cpu":
             torch.accelerator.synchronize()  # the GPU works behind our back; the clock must not
         dt = time.time() - t0
-        print(f"step {step:2d} | loss {loss.item():.4f} | lr {lr:.2e} | norm {norm:.2f} | {dt * 1000:.0f} ms | {B * T / dt:,.0f} tok/s")
+        print(f"step {step:2d} | loss {total.item():.4f} | lr {lr:.2e} | norm {norm:.2f} | {dt * 1000:.0f} ms | {total_batch_size / dt:,.0f} tok/s")
 
 
 if __name__ == "__main__":
