@@ -1,14 +1,31 @@
-"""GPT-2, built, trained and judged in one file, to be read from the first line to the last."""
+"""
+GPT-2, built, trained and judged in one file, to be read from the first line to the last: model, presets, data,
+arguments, schedule, training loop.
 
+    python train_gpt2.py                                    # a small GPT-2 on input.txt, minutes on a laptop
+
+Notable choices:
+- Names are those of Hugging Face's GPT-2, so weights move over by name.
+- Weights and optimizer state are float32; with bfloat16, forward and loss run under autocast.
+"""
+
+import argparse
+import difflib
 import math
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+class UserError(Exception):
+    """A mistake of the person's or of a file: its message names the thing and the mend, in one line."""
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model. A clean residual stream that attention and MLP read from and add to, once each in every block.
@@ -23,7 +40,7 @@ class GPTConfig:
     """The shape of a model; the defaults are GPT-2 124M as released."""
 
     block_size: int = 1024  # longest sequence: rows of the position embedding
-    vocab_size: int = 50257  # 50,000 merges + 256 bytes + <|endoftext|>
+    vocab_size: int = 50257  # rows of the token embedding
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -34,6 +51,8 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        if config.n_embd % config.n_head:
+            raise UserError(f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}: change one of them")
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value of all heads at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
@@ -122,8 +141,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, top_k=50, generator=None):
         """
-        Continue idx, int64 (B, T), each token drawn from the `top_k` likeliest, never from the vocabulary's padding; beyond
-        block_size the oldest leave the context. generator: on idx's device. Returns int64 (B, T + max_new_tokens).
+        Continue idx, int64 (B, T), each token drawn from the `top_k` likeliest, never from the vocabulary's padding;
+        beyond block_size the oldest leave the context. Returns int64 (B, T + max_new_tokens).
         """
         was_training = self.training
         self.eval()
@@ -137,7 +156,7 @@ class GPT(nn.Module):
         return idx
 
     def configure_optimizer(self, lr, weight_decay):
-        """AdamW as in GPT-3 (Brown et al. 2020, appendix B); only matrices and embeddings decay, not biases and norms."""
+        """AdamW as in GPT-3 (paper, appendix B); only matrices and embeddings decay, not biases and norms."""
         decay = [p for p in self.parameters() if p.dim() >= 2]
         rest = [p for p in self.parameters() if p.dim() < 2]
         for group, what in (decay, "decayed"), (rest, "not decayed"):
@@ -153,7 +172,7 @@ class GPT(nn.Module):
         hf, info = GPT2LMHeadModel.from_pretrained(name_or_dir, output_loading_info=True)
         c = hf.config
         if info["missing_keys"] or c.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise ValueError(f"{name_or_dir} is not a GPT-2 language model: give a released name or its directory")
+            raise UserError(f"{name_or_dir} is not a GPT-2 language model: give a released name or its directory")
         model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
         model.load_state_dict(transpose_conv1d(hf.float().state_dict()))
         return model
@@ -165,17 +184,46 @@ def transpose_conv1d(state):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data.
+# Presets: every model that has a name, and how it is trained.
+
+
+
+def preset(
+    n_layer, n_head, n_embd, T, max_lr, B, total_batch_size=2**19, max_steps=10**10 // 2**19,
+    warmup_steps=375 * 10**6 // 2**19, vocab_size=50304,
+):  # fmt: skip
+    """
+    Values for the flags of these names. Rates and warmup: GPT-3 paper, table 2.1 and appendix B. max_steps: an epoch of
+    10B tokens. B: a guess at what fits 80 GB. vocab_size: 50,257 padded to 128 * 393, as matrix kernels like it.
+    """
+    return locals()
+
+
+PRESETS = {
+    "gpt2": preset(12, 12, 768, 1024, 6e-4, 64),  # 124M
+    "gpt2-medium": preset(24, 16, 1024, 1024, 3e-4, 32),  # 350M
+    "gpt2-large": preset(36, 20, 1280, 1024, 2.5e-4, 16),  # 774M
+    "gpt2-xl": preset(48, 25, 1600, 1024, 2e-4, 8, 2**20, 10**10 // 2**20, 375 * 10**6 // 2**20),  # 1558M
+    "gpt3-small": preset(12, 12, 768, 2048, 6e-4, 32),
+    "gpt3-medium": preset(24, 16, 1024, 2048, 3e-4, 16),
+    "gpt3-large": preset(24, 16, 1536, 2048, 2.5e-4, 8),
+    "gpt3-xl": preset(24, 16, 2048, 2048, 2e-4, 4, 2**20, 10**10 // 2**20, 375 * 10**6 // 2**20),  # paper: 24 heads
+    "tiny": preset(4, 4, 128, 128, 1e-3, 8, 2**10, 250, 20),  # for a laptop
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: from a text file to batches of rows.
 
 
 def get_tokenizer(text_file=False):
-    """GPT-2's BPE (tiktoken.Encoding). Where its merges can't be had: None, or for a text file its single-byte tokens."""
+    """GPT-2's BPE, a tiktoken.Encoding. Where its merges can't be had: None; for a text file, its single bytes."""
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError:  # no network, and nothing in tiktoken's cache
         if not text_file:
             return None
-    print("warning: GPT-2's merges can't be downloaded: the text becomes GPT-2's single-byte tokens, longer and coarser")
+    print("warning: GPT-2's merges can't be downloaded: the text becomes GPT-2's single-byte tokens")
     # The vocabulary begins with the bytes that print (in Latin-1), then has the others, both in order.
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     order = printable + [b for b in range(256) if b not in printable]
@@ -186,12 +234,16 @@ def get_tokenizer(text_file=False):
 
 
 class DataLoaderLite:
-    """Walks a text in steps of B * T tokens, and begins again at its end."""
+    """Walks a text in micro batches of B * T tokens, and begins again at its end."""
 
-    def __init__(self, path, B, T):
+    def __init__(self, path, tokenizer, B, T):
         self.B, self.T, self.position = B, T, 0
-        self.tokens = torch.tensor(get_tokenizer(text_file=True).encode_ordinary(Path(path).read_text()))
-        print(f"{len(self.tokens):,} tokens: an epoch has {len(self.tokens) // (B * T)} batches of {B} x {T}")
+        try:
+            self.tokens = torch.tensor(tokenizer.encode_ordinary(Path(path).read_text(encoding="utf-8")))
+        except UnicodeDecodeError as e:
+            raise UserError(f"{path} is not UTF-8 text (byte {e.start}): convert it or give another") from None
+        if len(self.tokens) <= B * T:
+            raise UserError(f"{path} has {len(self.tokens)} tokens, fewer than B * T = {B * T}: give more")
 
     def next_batch(self):
         """Inputs and targets, int64 (B, T) each, targets one token ahead."""
@@ -203,7 +255,94 @@ class DataLoaderLite:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Schedule.
+# Arguments. Every knob in one place; --help is made from this list.
+
+
+def flag(help, default=None, **options):
+    return field(default=default, metadata={"help": help, **options})
+
+
+SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size")
+
+
+@dataclass
+class Args:
+    """What the command line says. None: taken from what the help names in brackets."""
+
+    data: str = flag("text file", "input.txt")
+    model: str = flag("preset, listed below", "tiny")
+    n_layer: int = flag("layers (preset)")
+    n_head: int = flag("attention heads (preset)")
+    n_embd: int = flag("width (preset)")
+    vocab_size: int = flag("rows of the token embedding (preset)")
+    B: int = flag("rows of a micro batch (preset)")
+    T: int = flag("tokens of a row (the preset's context)")
+    total_batch_size: int = flag("tokens of a step (preset)")
+    max_steps: int = flag("steps of the whole run (preset)")
+    warmup_steps: int = flag("steps of rising learning rate (preset)")
+    max_lr: float = flag("learning rate after warmup (preset)")
+    min_lr: float = flag("learning rate at the end (max_lr / 10)")
+    weight_decay: float = flag("on matrices and embeddings", 0.1)
+    grad_clip: float = flag("largest global norm of the gradient, 0 = any", 1.0)
+    seed: int = flag("of the weights", 42)
+    device: str = flag("where to train (the best there is)", choices=("cpu", "cuda", "mps"))
+    dtype: str = flag("of forward and loss (bfloat16 on cuda, else float32)", choices=("float32", "bfloat16"))
+    compile: bool = flag("torch.compile: a minute's wait, then faster steps (on for cuda)")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        word = message.removeprefix("unrecognized arguments: ").split("=")[0].split()[0]
+        close = difflib.get_close_matches(word, self._option_string_actions, 1)
+        raise UserError(f"{message}: " + (f"did you mean {close[0]}?" if close else "--help lists the flags"))
+
+
+def parse_args(argv=None):
+    """
+    argv: list of words, None: the command line's. Returns Args, what it left open filled in from preset and machine.
+    UserError for what can't work, before any work is done.
+    """
+    table = [f"{'preset':12} " + " ".join(f"{name:>8.8}" for name in PRESETS["gpt2"])]
+    for name, values in PRESETS.items():
+        table.append(f"{name:12} " + " ".join(f"{value:8.7g}" for value in values.values()))
+    verbatim = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, epilog="\n".join(table), allow_abbrev=False, formatter_class=verbatim)
+    for f in fields(Args):
+        how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        parser.add_argument(f"--{f.name}", default=f.default, **how, **f.metadata)
+    args = parser.parse_args(argv, Args())
+    if not Path(args.data).exists():
+        raise UserError(f"--data {args.data} does not exist: give a text file")
+    if args.model not in PRESETS:
+        raise UserError(f"there is no preset --model {args.model}: choose from {', '.join(PRESETS)}")
+    for name, value in PRESETS[args.model].items():
+        if getattr(args, name) is None and name != "B":
+            setattr(args, name, value)
+
+    for name, value in vars(args).items():
+        lowest = 1 if name in (*SHAPE, "B", "T", "total_batch_size") else 0
+        if isinstance(value, (int, float)) and not value >= lowest:  # NaN is refused too
+            raise UserError(f"--{name} {value} is too small: at least {lowest}")
+    args.B = args.B or math.gcd(PRESETS[args.model]["B"], args.total_batch_size // args.T)
+    unit = args.B * args.T
+    if args.total_batch_size % unit:
+        below = args.total_batch_size // unit * unit
+        works = " or ".join(str(n) for n in (below, below + unit) if n)
+        why = f"is not a multiple of B * T = {args.B} * {args.T} = {unit}"
+        raise UserError(f"--total_batch_size {args.total_batch_size} {why}: {works} would be")
+
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    args.device = args.device or ("cuda" if cuda else "mps" if mps else "cpu")
+    if args.device == "cuda" and not cuda or args.device == "mps" and not mps:
+        raise UserError(f"--device {args.device}: there is none, use --device cpu")
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.compile = args.device == "cuda" if args.compile is None else args.compile
+    args.min_lr = args.max_lr / 10 if args.min_lr is None else args.min_lr
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedule: a function of the step.
 
 
 def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
@@ -220,40 +359,90 @@ def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The run.
+# The run: set-up, then the training loop.
+
+# Dense bfloat16, from the vendors' data sheets.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
+
 
 def main():
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    torch.manual_seed(1337)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it: multiply in 10-bit mantissas, add in float32
-    model = GPT(GPTConfig(vocab_size=50304)).to(device)
-    B, T, max_steps = 4, 64, 20
-    loader = DataLoaderLite("input.txt", B, T)
-    total_batch_size = 1024  # tokens; 2**19 in the real run
-    grad_accum_steps = total_batch_size // (B * T)
-    train_model = torch.compile(model) if device == "cuda" else model  # shares the weights; a CPU run is too short for it
-    optimizer = model.configure_optimizer(lr=6e-4, weight_decay=0.1)
-    for step in range(max_steps):
+    args = parse_args()
+
+    device = torch.device(args.device)
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32: what stays float32 multiplies in 10-bit mantissas
+    autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+    # The model. Drawn on the CPU: the same weights from the same seed on every device.
+    torch.manual_seed(args.seed)
+    shape = {name: getattr(args, name) for name in SHAPE}
+    model = GPT(GPTConfig(PRESETS[args.model]["T"], **shape))
+    config = model.config
+    if args.T > config.block_size:
+        raise UserError(f"--T {args.T} is longer than the model's context of {config.block_size} tokens")
+    model.to(device)
+    optimizer = model.configure_optimizer(args.max_lr, args.weight_decay)
+
+    train_loader = DataLoaderLite(args.data, get_tokenizer(text_file=True), args.B, args.T)
+    grad_accum_steps = args.total_batch_size // (args.B * args.T)
+    train_model = torch.compile(model) if args.compile else model
+
+    n_params = sum(p.numel() for p in model.parameters())
+    # Forward and backward, a token: 6 for each weight that multiplies, 12 * T * n_embd a layer for attention
+    # (PaLM paper, appendix B). The position embedding multiplies nothing; the token embedding does, as the head.
+    flops = 6 * (n_params - model.transformer.wpe.weight.numel()) + 12 * config.n_layer * config.n_embd * args.T
+    peak = next((v for k, v in PEAK_FLOPS.items() if args.device == "cuda" and k in torch.cuda.get_device_name()), None)
+    print(
+        f"{args.model}: {n_params:,} parameters; {args.data}: {len(train_loader.tokens):,} tokens; "
+        f"a step is {args.total_batch_size:,} tokens: {args.B} rows of {args.T} x {grad_accum_steps} micro steps; "
+        f"{args.device}, {args.dtype}{', compiled' if args.compile else ''}"
+    )
+    begin = time.time()
+    for step in range(args.max_steps):
         t0 = time.time()
-        optimizer.zero_grad()
-        total = 0.0
+        loss = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
-            x, y = (t.to(device) for t in loader.next_batch())
-            with torch.autocast(device, torch.bfloat16):
-                _, loss = train_model(x, y)
-            loss = loss / grad_accum_steps  # gradients add up over micro steps, the objective is a mean
-            loss.backward()
-            total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        lr = get_lr(step, 6e-4, 6e-5, 2, max_steps)
+            x, y = train_loader.next_batch()
+            if device.type == "cuda":
+                x, y = x.pin_memory(), y.pin_memory()
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            with autocast:
+                _, micro_loss = train_model(x, y)
+            micro_loss = micro_loss / grad_accum_steps  # gradients add up over micro steps, the objective is a mean
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        lr = get_lr(step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        if device != "cpu":
+        optimizer.zero_grad()
+        if device.type != "cpu":
             torch.accelerator.synchronize()  # the GPU works behind our back; the clock must not
         dt = time.time() - t0
-        print(f"step {step:2d} | loss {total.item():.4f} | lr {lr:.2e} | norm {norm:.2f} | {dt * 1000:.0f} ms | {total_batch_size / dt:,.0f} tok/s")
+
+        loss, norm = loss.item(), norm.item()
+        if not math.isfinite(loss + norm):
+            raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: begin again with a lower --max_lr")
+        eta = timedelta(seconds=round((time.time() - begin) / (step + 1) * (args.max_steps - step - 1)))
+        speed = args.total_batch_size / dt
+        mfu = f" | mfu {flops * speed / peak:.1%}" if peak else ""
+        print(
+            f"step {step:5d} | loss {loss:.6f} | lr {lr:.3e} | norm {norm:.4f} | {dt * 1000:.0f} ms | "
+            f"{speed:,.0f} tok/s{mfu} | eta {eta}"
+        )
+
+
+def run(main):
+    """Call `main`; a mistake of the person's or the file system's ends in one `error:` line and status 2."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError) as e:
+        print("error:", " ".join(str(e).split()), file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
