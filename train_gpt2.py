@@ -3,6 +3,8 @@ GPT-2, built, trained and judged in one file, to be read from the first line to 
 arguments, schedule, training loop.
 
     python train_gpt2.py                                    # a small GPT-2 on input.txt, minutes on a laptop
+    torchrun --nproc_per_node=8 train_gpt2.py               # one process a GPU
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_gpt2.py
 
 Notable choices:
 - Names are those of Hugging Face's GPT-2, so weights move over by name.
@@ -12,6 +14,7 @@ Notable choices:
 import argparse
 import difflib
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass, field, fields
@@ -20,8 +23,22 @@ from pathlib import Path
 
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+# Who am I among the processes? torchrun says so in the environment; without it there is one process, rank 0.
+RANK = int(os.environ.get("RANK", 0))  # among all processes of all nodes
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among the processes of this node: which GPU is mine
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def print0(*args, **kwargs):
+    """print on rank 0 only, at once (a pipe would hold the line back)."""
+    if RANK == 0:
+        print(*args, **kwargs, flush=True)
+
 
 class UserError(Exception):
     """A mistake of the person's or of a file: its message names the thing and the mend, in one line."""
@@ -160,7 +177,7 @@ class GPT(nn.Module):
         decay = [p for p in self.parameters() if p.dim() >= 2]
         rest = [p for p in self.parameters() if p.dim() < 2]
         for group, what in (decay, "decayed"), (rest, "not decayed"):
-            print(f"{what}: {len(group)} tensors, {sum(p.numel() for p in group):,} parameters")
+            print0(f"{what}: {len(group)} tensors, {sum(p.numel() for p in group):,} parameters")
         groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
@@ -223,7 +240,7 @@ def get_tokenizer(text_file=False):
     except OSError:  # no network, and nothing in tiktoken's cache
         if not text_file:
             return None
-    print("warning: GPT-2's merges can't be downloaded: the text becomes GPT-2's single-byte tokens")
+    print0("warning: GPT-2's merges can't be downloaded: the text becomes GPT-2's single-byte tokens")
     # The vocabulary begins with the bytes that print (in Latin-1), then has the others, both in order.
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     order = printable + [b for b in range(256) if b not in printable]
@@ -234,23 +251,24 @@ def get_tokenizer(text_file=False):
 
 
 class DataLoaderLite:
-    """Walks a text in micro batches of B * T tokens, and begins again at its end."""
+    """Walks a text in micro batches of B * T tokens, dealt to the ranks in turn, and begins again at its end."""
 
-    def __init__(self, path, tokenizer, B, T):
-        self.B, self.T, self.position = B, T, 0
+    def __init__(self, path, tokenizer, B, T, rank, world_size):
+        self.B, self.T, self.stride, self.start = B, T, B * T * world_size, B * T * rank
+        self.position = self.start
         try:
             self.tokens = torch.tensor(tokenizer.encode_ordinary(Path(path).read_text(encoding="utf-8")))
         except UnicodeDecodeError as e:
             raise UserError(f"{path} is not UTF-8 text (byte {e.start}): convert it or give another") from None
-        if len(self.tokens) <= B * T:
-            raise UserError(f"{path} has {len(self.tokens)} tokens, fewer than B * T = {B * T}: give more")
+        if len(self.tokens) <= self.stride:
+            raise UserError(f"{path} has {len(self.tokens)} tokens, fewer than {self.stride} a micro step: give more")
 
     def next_batch(self):
         """Inputs and targets, int64 (B, T) each, targets one token ahead."""
         if self.position + self.B * self.T + 1 > len(self.tokens):
-            self.position = 0
+            self.position = self.start
         run = self.tokens[self.position : self.position + self.B * self.T + 1]
-        self.position += self.B * self.T
+        self.position += self.stride
         return run[:-1].view(self.B, self.T), run[1:].view(self.B, self.T)
 
 
@@ -275,9 +293,9 @@ class Args:
     n_head: int = flag("attention heads (preset)")
     n_embd: int = flag("width (preset)")
     vocab_size: int = flag("rows of the token embedding (preset)")
-    B: int = flag("rows of a micro batch (preset)")
+    B: int = flag("rows of a micro batch on one rank (preset, fewer where ranks share a small step)")
     T: int = flag("tokens of a row (the preset's context)")
-    total_batch_size: int = flag("tokens of a step (preset)")
+    total_batch_size: int = flag("tokens of a step, over all ranks and micro steps (preset)")
     max_steps: int = flag("steps of the whole run (preset)")
     warmup_steps: int = flag("steps of rising learning rate (preset)")
     max_lr: float = flag("learning rate after warmup (preset)")
@@ -323,18 +341,20 @@ def parse_args(argv=None):
         lowest = 1 if name in (*SHAPE, "B", "T", "total_batch_size") else 0
         if isinstance(value, (int, float)) and not value >= lowest:  # NaN is refused too
             raise UserError(f"--{name} {value} is too small: at least {lowest}")
-    args.B = args.B or math.gcd(PRESETS[args.model]["B"], args.total_batch_size // args.T)
-    unit = args.B * args.T
+    args.B = args.B or math.gcd(PRESETS[args.model]["B"], args.total_batch_size // args.T // WORLD_SIZE)
+    unit = args.B * args.T * WORLD_SIZE
     if args.total_batch_size % unit:
         below = args.total_batch_size // unit * unit
         works = " or ".join(str(n) for n in (below, below + unit) if n)
-        why = f"is not a multiple of B * T = {args.B} * {args.T} = {unit}"
+        why = f"is not a multiple of B * T * ranks = {args.B} * {args.T} * {WORLD_SIZE} = {unit}"
         raise UserError(f"--total_batch_size {args.total_batch_size} {why}: {works} would be")
 
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    args.device = args.device or ("cuda" if cuda else "mps" if mps else "cpu")
-    if args.device == "cuda" and not cuda or args.device == "mps" and not mps:
-        raise UserError(f"--device {args.device}: there is none, use --device cpu")
+    args.device = args.device or ("cuda" if cuda else "mps" if mps and WORLD_SIZE == 1 else "cpu")
+    if args.device == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
+        raise UserError(f"--device cuda: process {LOCAL_RANK} of this machine finds {torch.cuda.device_count()} GPUs")
+    if args.device == "mps" and (not mps or WORLD_SIZE > 1):
+        raise UserError("--device mps: there is none, or several processes would share it: use --device cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.compile = args.device == "cuda" if args.compile is None else args.compile
     args.min_lr = args.max_lr / 10 if args.min_lr is None else args.min_lr
@@ -368,12 +388,16 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "
 def main():
     args = parse_args()
 
-    device = torch.device(args.device)
+    # Processes and device. NCCL carries tensors between GPUs, gloo between CPUs.
+    device = torch.device(args.device, LOCAL_RANK) if args.device == "cuda" else torch.device(args.device)
     if args.device == "cuda":
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32: what stays float32 multiplies in 10-bit mantissas
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
-    # The model. Drawn on the CPU: the same weights from the same seed on every device.
+    # The model. Drawn on the CPU: the same weights from the same seed on every device and every rank.
     torch.manual_seed(args.seed)
     shape = {name: getattr(args, name) for name in SHAPE}
     model = GPT(GPTConfig(PRESETS[args.model]["T"], **shape))
@@ -383,19 +407,21 @@ def main():
     model.to(device)
     optimizer = model.configure_optimizer(args.max_lr, args.weight_decay)
 
-    train_loader = DataLoaderLite(args.data, get_tokenizer(text_file=True), args.B, args.T)
-    grad_accum_steps = args.total_batch_size // (args.B * args.T)
+    train_loader = DataLoaderLite(args.data, get_tokenizer(text_file=True), args.B, args.T, RANK, WORLD_SIZE)
+    grad_accum_steps = args.total_batch_size // (args.B * args.T * WORLD_SIZE)
     train_model = torch.compile(model) if args.compile else model
+    if WORLD_SIZE > 1:
+        train_model = DDP(train_model, device_ids=[LOCAL_RANK] if args.device == "cuda" else None)
 
     n_params = sum(p.numel() for p in model.parameters())
     # Forward and backward, a token: 6 for each weight that multiplies, 12 * T * n_embd a layer for attention
     # (PaLM paper, appendix B). The position embedding multiplies nothing; the token embedding does, as the head.
     flops = 6 * (n_params - model.transformer.wpe.weight.numel()) + 12 * config.n_layer * config.n_embd * args.T
     peak = next((v for k, v in PEAK_FLOPS.items() if args.device == "cuda" and k in torch.cuda.get_device_name()), None)
-    print(
+    print0(
         f"{args.model}: {n_params:,} parameters; {args.data}: {len(train_loader.tokens):,} tokens; "
-        f"a step is {args.total_batch_size:,} tokens: {args.B} rows of {args.T} x {grad_accum_steps} micro steps; "
-        f"{args.device}, {args.dtype}{', compiled' if args.compile else ''}"
+        f"a step is {args.total_batch_size:,} tokens: {args.B} rows of {args.T} x {grad_accum_steps} micro steps x "
+        f"{WORLD_SIZE} ranks; {args.device}, {args.dtype}{', compiled' if args.compile else ''}"
     )
     begin = time.time()
     for step in range(args.max_steps):
@@ -406,11 +432,15 @@ def main():
             if device.type == "cuda":
                 x, y = x.pin_memory(), y.pin_memory()
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            if WORLD_SIZE > 1:  # only the last backward averages gradients over ranks; forward prepares for it
+                train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
                 _, micro_loss = train_model(x, y)
             micro_loss = micro_loss / grad_accum_steps  # gradients add up over micro steps, the objective is a mean
             micro_loss.backward()
             loss += micro_loss.detach()
+        if WORLD_SIZE > 1:
+            dist.all_reduce(loss)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         lr = get_lr(step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
         for group in optimizer.param_groups:
@@ -421,16 +451,18 @@ def main():
             torch.accelerator.synchronize()  # the GPU works behind our back; the clock must not
         dt = time.time() - t0
 
-        loss, norm = loss.item(), norm.item()
+        loss, norm = loss.item() / WORLD_SIZE, norm.item()
         if not math.isfinite(loss + norm):
             raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: begin again with a lower --max_lr")
         eta = timedelta(seconds=round((time.time() - begin) / (step + 1) * (args.max_steps - step - 1)))
         speed = args.total_batch_size / dt
-        mfu = f" | mfu {flops * speed / peak:.1%}" if peak else ""
-        print(
+        mfu = f" | mfu {flops * speed / (peak * WORLD_SIZE):.1%}" if peak else ""
+        print0(
             f"step {step:5d} | loss {loss:.6f} | lr {lr:.3e} | norm {norm:.4f} | {dt * 1000:.0f} ms | "
             f"{speed:,.0f} tok/s{mfu} | eta {eta}"
         )
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
 
 
 def run(main):
@@ -440,6 +472,8 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError) as e:
+        if RANK > 0:  # rank 0 made the same mistake and says so, and torchrun then ends this process;
+            time.sleep(4 + RANK)  # who lives on met something of its own
         print("error:", " ".join(str(e).split()), file=sys.stderr, flush=True)
         sys.exit(2)
 
