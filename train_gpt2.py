@@ -3,11 +3,13 @@ GPT-2, built, trained and judged in one file, to be read from the first line to 
 arguments, schedule, training loop.
 
     python train_gpt2.py                                    # a small GPT-2 on input.txt, minutes on a laptop
-    torchrun --nproc_per_node=8 train_gpt2.py               # one process a GPU
+    torchrun --nproc_per_node=8 train_gpt2.py               # GPT-2 124M on edu_fineweb10B/, eight GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_gpt2.py
 
 Notable choices:
 - Names are those of Hugging Face's GPT-2, so weights move over by name.
+- What can be computed from the step is not carried: learning rate, position in the data. Any number of
+  processes trains on the same batches without talking.
 - Weights and optimizer state are float32; with bfloat16, forward and loss run under autocast.
 """
 
@@ -17,10 +19,12 @@ import math
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 import torch
 import torch.distributed as dist
@@ -230,7 +234,7 @@ PRESETS = {
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data: from a text file to batches of rows.
+# Data: from a text file or from shards (what fineweb.py writes) to batches of rows.
 
 
 def get_tokenizer(text_file=False):
@@ -250,26 +254,142 @@ def get_tokenizer(text_file=False):
     return tiktoken.Encoding("gpt2-bytes", pat_str=r"\s?\S+|\s", mergeable_ranks=ranks, special_tokens=names)
 
 
-class DataLoaderLite:
-    """Walks a text in micro batches of B * T tokens, dealt to the ranks in turn, and begins again at its end."""
+def load_text(path, tokenizer):
+    """
+    A UTF-8 text file as two shards: nine tenths of its characters to train, the last tenth to validate. As in all
+    shards EOT leads every document; a file may hold several, with <|endoftext|> between them.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text (byte {e.start}): convert it or give another") from None
+    cut, splits = len(text) * 9 // 10, {}
+    for split, part in ("train", text[:cut]), ("val", text[cut:]):
+        documents = tokenizer.encode_ordinary_batch(part.split("<|endoftext|>"))
+        tokens = np.array([t for document in documents for t in (EOT, *document)], dtype=np.uint16)
+        splits[split] = {f"{path} ({split} split)": tokens}
+    return splits
 
-    def __init__(self, path, tokenizer, B, T, rank, world_size):
-        self.B, self.T, self.stride, self.start = B, T, B * T * world_size, B * T * rank
-        self.position = self.start
-        try:
-            self.tokens = torch.tensor(tokenizer.encode_ordinary(Path(path).read_text(encoding="utf-8")))
-        except UnicodeDecodeError as e:
-            raise UserError(f"{path} is not UTF-8 text (byte {e.start}): convert it or give another") from None
-        if len(self.tokens) <= self.stride:
-            raise UserError(f"{path} has {len(self.tokens)} tokens, fewer than {self.stride} a micro step: give more")
+
+def load_shard(shard, mmap_mode=None):
+    """uint16 (n,) from a .npy file (mmap_mode="r": only its header for now), or an array as it is."""
+    if isinstance(shard, np.ndarray):
+        return shard
+    try:
+        tokens = np.load(shard, mmap_mode=mmap_mode)
+    except (ValueError, EOFError) as e:
+        raise UserError(f"{shard} is damaged ({e}): delete it and make it again") from None
+    if tokens.dtype != np.uint16 or tokens.ndim != 1:
+        raise UserError(f"{shard} is {tokens.ndim}-D {tokens.dtype}, a shard is 1-D uint16: make it again")
+    return tokens
+
+
+def find_shards(directory, val_tokens):
+    """
+    The .npy files with "train" and "val" in their names: training as paths, which the loader reads when their turn
+    comes; of validation the `val_tokens` + 1 tokens that will be used.
+    """
+    train, val = (sorted(Path(directory).glob(f"*{split}*.npy")) for split in ("train", "val"))
+    if not train or not val:
+        raise UserError(f"{directory} needs shards, one *train*.npy and one *val*.npy at least: see --data in --help")
+    head, missing = [], val_tokens + 1
+    while val and missing > 0:
+        head.append(np.array(load_shard(val.pop(0), "r")[:missing]))
+        missing -= len(head[-1])
+    return {"train": {str(path): path for path in train}, "val": {f"{directory} (val split)": np.concatenate(head)}}
+
+
+class ShuffledShard:
+    """A shard read as if its documents lay in another order; the tokens stay where they are."""
+
+    def __init__(self, tokens, rng=None):
+        """tokens: uint16 (n,). rng: numpy Generator that draws the order; None leaves it as it is."""
+        starts = np.zeros(1, dtype=np.int64)  # the head may be the end of a document that began in the shard before
+        order = starts
+        if rng is not None:
+            chunk = 2**20  # not all at once: a mask of 100M tokens would cost 100 MB
+            found = [np.flatnonzero(tokens[i : i + chunk] == EOT) + i for i in range(0, len(tokens), chunk)]
+            starts = np.union1d(starts, np.concatenate(found))
+            order = rng.permutation(len(starts))
+        lengths = np.diff(starts, append=len(tokens))[order]
+        self.tokens = tokens
+        self.ends = np.cumsum(lengths)  # where each document ends in the new order,
+        self.shift = starts[order] - (self.ends - lengths)  # and how far from there its tokens lie
+
+    def read(self, first, count):
+        """`count` tokens from position `first` of the new order: uint16 (count,)."""
+        pieces = []
+        document = np.searchsorted(self.ends, first, side="right")
+        while count > 0:
+            n = min(count, self.ends[document] - first)
+            source = first + self.shift[document]
+            pieces.append(self.tokens[source : source + n])
+            first, count, document = first + n, count - n, document + 1
+        return np.concatenate(pieces)
+
+
+class DataLoaderLite:
+    """
+    Micro batches whose content is a function of (seed, position) alone.
+
+    An epoch visits the shards in an order drawn from (seed, epoch) and reads the documents of each in an order drawn
+    from (seed, epoch, shard), cut into rows of T tokens; a tail shorter than a row is left out. The rows of the whole
+    training are numbered: row r is the same for any B and any number of ranks. Micro batches, B rows each, are dealt to
+    the ranks in turn. In memory are this shard and the next, which a thread reads meanwhile.
+
+    shards: {name: path of a .npy file, or uint16 array (n,)}. vocab_size: ids from there on are a UserError.
+    shuffle=False keeps shards and documents as they lie, which is the order of the lecture.
+    """
+
+    def __init__(self, shards, B, T, rank=0, world_size=1, vocab_size=VOCAB_SIZE, seed=0, shuffle=False):
+        self.names, self.shards = list(shards), list(shards.values())
+        self.B, self.T, self.rank, self.world_size = B, T, rank, world_size
+        self.vocab_size, self.seed, self.shuffle = vocab_size, seed, shuffle
+        lengths = {name: len(load_shard(shard, "r")) for name, shard in shards.items()}
+        for name, n in lengths.items():
+            if n <= T:
+                raise UserError(f"{name} has {n} tokens, a row needs T + 1 = {T + 1}: lower --T or give more data")
+        self.rows = [(n - 1) // T for n in lengths.values()]  # the last token is only a target
+        self.rows_per_epoch = sum(self.rows)
+        self.epoch = None
+        self.visits = {}  # (epoch, place) -> future of the shard that is read there
+        self.thread = ThreadPoolExecutor(1)
+        self.seek(0)
+
+    def seek(self, row):
+        """Let the next micro batches, over all ranks, begin at this row of the run."""
+        self.row = row + self.rank * self.B
+
+    def order(self, epoch):
+        """Shards in the order of an epoch."""
+        n = len(self.shards)
+        return np.random.default_rng((self.seed, epoch)).permutation(n) if self.shuffle else np.arange(n)
+
+    def prepare(self, epoch, place):
+        """Read, check and shuffle a shard (in the thread)."""
+        i = self.order(epoch)[place]
+        tokens = load_shard(self.shards[i])
+        if tokens.max() >= self.vocab_size:
+            raise UserError(f"{self.names[i]}: token {tokens.max()} is not among {self.vocab_size}: see --vocab_size")
+        return ShuffledShard(tokens, np.random.default_rng((self.seed, epoch, i)) if self.shuffle else None)
+
+    def read_row(self, row):
+        """Tokens of one row of the run and the one after it: uint16 (T + 1,)."""
+        epoch, row = divmod(row, self.rows_per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.ends = epoch, np.cumsum(np.array(self.rows)[self.order(epoch)])
+        place = int(np.searchsorted(self.ends, row, side="right"))
+        first = row - (int(self.ends[place - 1]) if place else 0)
+        now, then = (epoch, place), (epoch, place + 1) if place + 1 < len(self.rows) else (epoch + 1, 0)
+        self.visits = {v: self.visits.get(v) or self.thread.submit(self.prepare, *v) for v in (now, then)}
+        return self.visits[now].result().read(first * self.T, self.T + 1)
 
     def next_batch(self):
-        """Inputs and targets, int64 (B, T) each, targets one token ahead."""
-        if self.position + self.B * self.T + 1 > len(self.tokens):
-            self.position = self.start
-        run = self.tokens[self.position : self.position + self.B * self.T + 1]
-        self.position += self.stride
-        return run[:-1].view(self.B, self.T), run[1:].view(self.B, self.T)
+        """The next B rows of this rank: inputs and targets, int64 (B, T) each, targets one token ahead."""
+        rows = np.stack([self.read_row(self.row + i) for i in range(self.B)])
+        self.row += self.world_size * self.B
+        rows = torch.from_numpy(rows.astype(np.int64))
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -287,8 +407,8 @@ SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size")
 class Args:
     """What the command line says. None: taken from what the help names in brackets."""
 
-    data: str = flag("text file", "input.txt")
-    model: str = flag("preset, listed below", "tiny")
+    data: str = flag("directory of shards, or text file (edu_fineweb10B/ where it has shards, else input.txt)")
+    model: str = flag("preset, listed below (gpt2 for shards, tiny for a text file)")
     n_layer: int = flag("layers (preset)")
     n_head: int = flag("attention heads (preset)")
     n_embd: int = flag("width (preset)")
@@ -302,7 +422,8 @@ class Args:
     min_lr: float = flag("learning rate at the end (max_lr / 10)")
     weight_decay: float = flag("on matrices and embeddings", 0.1)
     grad_clip: float = flag("largest global norm of the gradient, 0 = any", 1.0)
-    seed: int = flag("of the weights", 42)
+    seed: int = flag("of the weights and the order of the data", 42)
+    shuffle: bool = flag("a new order of shards and documents in every epoch", True)
     device: str = flag("where to train (the best there is)", choices=("cpu", "cuda", "mps"))
     dtype: str = flag("of forward and loss (bfloat16 on cuda, else float32)", choices=("float32", "bfloat16"))
     compile: bool = flag("torch.compile: a minute's wait, then faster steps (on for cuda)")
@@ -329,8 +450,10 @@ def parse_args(argv=None):
         how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         parser.add_argument(f"--{f.name}", default=f.default, **how, **f.metadata)
     args = parser.parse_args(argv, Args())
+    args.data = args.data or ("edu_fineweb10B" if any(Path("edu_fineweb10B").glob("*train*.npy")) else "input.txt")
     if not Path(args.data).exists():
-        raise UserError(f"--data {args.data} does not exist: give a text file")
+        raise UserError(f"--data {args.data} does not exist: give a directory of shards or a text file")
+    args.model = args.model or ("gpt2" if Path(args.data).is_dir() else "tiny")
     if args.model not in PRESETS:
         raise UserError(f"there is no preset --model {args.model}: choose from {', '.join(PRESETS)}")
     for name, value in PRESETS[args.model].items():
@@ -407,8 +530,14 @@ def main():
     model.to(device)
     optimizer = model.configure_optimizer(args.max_lr, args.weight_decay)
 
-    train_loader = DataLoaderLite(args.data, get_tokenizer(text_file=True), args.B, args.T, RANK, WORLD_SIZE)
-    grad_accum_steps = args.total_batch_size // (args.B * args.T * WORLD_SIZE)
+    # Data: what a step reads depends on its number alone.
+    text_file = Path(args.data).is_file()
+    tokenizer = get_tokenizer(text_file)
+    splits = load_text(args.data, tokenizer) if text_file else find_shards(args.data, args.T)
+    layout = (args.B, args.T, RANK, WORLD_SIZE, min(config.vocab_size, VOCAB_SIZE))
+    train_loader = DataLoaderLite(splits["train"], *layout, args.seed, args.shuffle)
+    rows_per_step = args.total_batch_size // args.T
+    grad_accum_steps = rows_per_step // (args.B * WORLD_SIZE)
     train_model = torch.compile(model) if args.compile else model
     if WORLD_SIZE > 1:
         train_model = DDP(train_model, device_ids=[LOCAL_RANK] if args.device == "cuda" else None)
@@ -419,7 +548,7 @@ def main():
     flops = 6 * (n_params - model.transformer.wpe.weight.numel()) + 12 * config.n_layer * config.n_embd * args.T
     peak = next((v for k, v in PEAK_FLOPS.items() if args.device == "cuda" and k in torch.cuda.get_device_name()), None)
     print0(
-        f"{args.model}: {n_params:,} parameters; {args.data}: {len(train_loader.tokens):,} tokens; "
+        f"{args.model}: {n_params:,} parameters; {args.data}: {train_loader.rows_per_epoch * args.T:,} tokens; "
         f"a step is {args.total_batch_size:,} tokens: {args.B} rows of {args.T} x {grad_accum_steps} micro steps x "
         f"{WORLD_SIZE} ranks; {args.device}, {args.dtype}{', compiled' if args.compile else ''}"
     )
