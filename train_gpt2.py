@@ -1,6 +1,6 @@
 """
 GPT-2, built, trained and judged in one file, to be read from the first line to the last: model, presets, data,
-arguments, schedule, training loop.
+arguments, schedule, evaluation, training loop.
 
     python train_gpt2.py                                    # a small GPT-2 on input.txt, minutes on a laptop
     torchrun --nproc_per_node=8 train_gpt2.py               # GPT-2 124M on edu_fineweb10B/, eight GPUs
@@ -10,6 +10,8 @@ Notable choices:
 - Names are those of Hugging Face's GPT-2, so weights move over by name.
 - What can be computed from the step is not carried: learning rate, position in the data. Any number of
   processes trains on the same batches without talking.
+- The compiled, DDP-wrapped model only trains. Validation uses the bare module, which shares its weights:
+  compiling breaks nothing.
 - Weights and optimizer state are float32; with bfloat16, forward and loss run under autocast.
 """
 
@@ -211,7 +213,7 @@ def transpose_conv1d(state):
 
 def preset(
     n_layer, n_head, n_embd, T, max_lr, B, total_batch_size=2**19, max_steps=10**10 // 2**19,
-    warmup_steps=375 * 10**6 // 2**19, vocab_size=50304,
+    warmup_steps=375 * 10**6 // 2**19, val_every=250, vocab_size=50304,
 ):  # fmt: skip
     """
     Values for the flags of these names. Rates and warmup: GPT-3 paper, table 2.1 and appendix B. max_steps: an epoch of
@@ -229,7 +231,7 @@ PRESETS = {
     "gpt3-medium": preset(24, 16, 1024, 2048, 3e-4, 16),
     "gpt3-large": preset(24, 16, 1536, 2048, 2.5e-4, 8),
     "gpt3-xl": preset(24, 16, 2048, 2048, 2e-4, 4, 2**20, 10**10 // 2**20, 375 * 10**6 // 2**20),  # paper: 24 heads
-    "tiny": preset(4, 4, 128, 128, 1e-3, 8, 2**10, 250, 20),  # for a laptop
+    "tiny": preset(4, 4, 128, 128, 1e-3, 8, 2**10, 250, 20, 50),  # for a laptop
 }
 
 
@@ -427,6 +429,8 @@ class Args:
     device: str = flag("where to train (the best there is)", choices=("cpu", "cuda", "mps"))
     dtype: str = flag("of forward and loss (bfloat16 on cuda, else float32)", choices=("float32", "bfloat16"))
     compile: bool = flag("torch.compile: a minute's wait, then faster steps (on for cuda)")
+    val_every: int = flag("steps between validations, 0 = never (preset)")
+    val_tokens: int = flag("tokens in one validation, at most the split's", 20 * 2**19)
 
 
 class Parser(argparse.ArgumentParser):
@@ -461,7 +465,7 @@ def parse_args(argv=None):
             setattr(args, name, value)
 
     for name, value in vars(args).items():
-        lowest = 1 if name in (*SHAPE, "B", "T", "total_batch_size") else 0
+        lowest = 1 if name in (*SHAPE, "B", "T", "total_batch_size", "val_tokens") else 0
         if isinstance(value, (int, float)) and not value >= lowest:  # NaN is refused too
             raise UserError(f"--{name} {value} is too small: at least {lowest}")
     args.B = args.B or math.gcd(PRESETS[args.model]["B"], args.total_batch_size // args.T // WORLD_SIZE)
@@ -502,6 +506,27 @@ def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Evaluation.
+
+
+@torch.no_grad()
+def evaluate(model, loader, rows, device, autocast):
+    """Mean loss (nats a token) over the first `rows` rows of the split, dealt to the ranks in micro batches of B."""
+    model.eval()
+    loader.seek(0)
+    total = torch.zeros((), device=device)
+    for first in range(RANK * loader.B, rows, WORLD_SIZE * loader.B):
+        x, y = (t[: rows - first].to(device) for t in loader.next_batch())
+        with autocast:
+            _, loss = model(x, y)
+        total += loss * len(x)
+    if WORLD_SIZE > 1:
+        dist.all_reduce(total)
+    model.train()
+    return total.item() / rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The run: set-up, then the training loop.
 
 # Dense bfloat16, from the vendors' data sheets.
@@ -533,11 +558,14 @@ def main():
     # Data: what a step reads depends on its number alone.
     text_file = Path(args.data).is_file()
     tokenizer = get_tokenizer(text_file)
-    splits = load_text(args.data, tokenizer) if text_file else find_shards(args.data, args.T)
+    splits = load_text(args.data, tokenizer) if text_file else find_shards(args.data, args.val_tokens)
     layout = (args.B, args.T, RANK, WORLD_SIZE, min(config.vocab_size, VOCAB_SIZE))
     train_loader = DataLoaderLite(splits["train"], *layout, args.seed, args.shuffle)
+    val_loader = DataLoaderLite(splits["val"], *layout)
+    val_rows = min(max(args.val_tokens // args.T, 1), val_loader.rows_per_epoch)
     rows_per_step = args.total_batch_size // args.T
     grad_accum_steps = rows_per_step // (args.B * WORLD_SIZE)
+    # Two names for the same weights: `model` is evaluated, `train_model` is compiled and synchronised.
     train_model = torch.compile(model) if args.compile else model
     if WORLD_SIZE > 1:
         train_model = DDP(train_model, device_ids=[LOCAL_RANK] if args.device == "cuda" else None)
@@ -552,8 +580,20 @@ def main():
         f"a step is {args.total_batch_size:,} tokens: {args.B} rows of {args.T} x {grad_accum_steps} micro steps x "
         f"{WORLD_SIZE} ranks; {args.device}, {args.dtype}{', compiled' if args.compile else ''}"
     )
+    def due(every):
+        return every and (step % every == 0 or last)
+
     begin = time.time()
-    for step in range(args.max_steps):
+    for step in range(args.max_steps + 1):
+        last = step == args.max_steps
+        # Evaluate: the model after `step` steps.
+        if due(args.val_every):
+            val_loss = evaluate(model, val_loader, val_rows, device, autocast)
+            print0(f"step {step:5d} | val loss {val_loss:.4f}")
+        if last:
+            break
+
+        # One step.
         t0 = time.time()
         loss = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
