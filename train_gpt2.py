@@ -10,7 +10,7 @@ Notable choices:
 - Names are those of Hugging Face's GPT-2, so weights move over by name.
 - What can be computed from the step is not carried: learning rate, position in the data. Any number of
   processes trains on the same batches without talking.
-- The compiled, DDP-wrapped model only trains. Validation uses the bare module, which shares its weights:
+- The compiled, DDP-wrapped model only trains. Validation and samples use the bare module, which shares its weights:
   compiling breaks nothing.
 - Weights and optimizer state are float32; with bfloat16, forward and loss run under autocast.
 """
@@ -213,7 +213,7 @@ def transpose_conv1d(state):
 
 def preset(
     n_layer, n_head, n_embd, T, max_lr, B, total_batch_size=2**19, max_steps=10**10 // 2**19,
-    warmup_steps=375 * 10**6 // 2**19, val_every=250, vocab_size=50304,
+    warmup_steps=375 * 10**6 // 2**19, val_every=250, sample_every=250, vocab_size=50304,
 ):  # fmt: skip
     """
     Values for the flags of these names. Rates and warmup: GPT-3 paper, table 2.1 and appendix B. max_steps: an epoch of
@@ -231,7 +231,7 @@ PRESETS = {
     "gpt3-medium": preset(24, 16, 1024, 2048, 3e-4, 16),
     "gpt3-large": preset(24, 16, 1536, 2048, 2.5e-4, 8),
     "gpt3-xl": preset(24, 16, 2048, 2048, 2e-4, 4, 2**20, 10**10 // 2**20, 375 * 10**6 // 2**20),  # paper: 24 heads
-    "tiny": preset(4, 4, 128, 128, 1e-3, 8, 2**10, 250, 20, 50),  # for a laptop
+    "tiny": preset(4, 4, 128, 128, 1e-3, 8, 2**10, 250, 20, 50, 125),  # for a laptop
 }
 
 
@@ -431,6 +431,7 @@ class Args:
     compile: bool = flag("torch.compile: a minute's wait, then faster steps (on for cuda)")
     val_every: int = flag("steps between validations, 0 = never (preset)")
     val_tokens: int = flag("tokens in one validation, at most the split's", 20 * 2**19)
+    sample_every: int = flag("steps between samples, 0 = never (preset)")
 
 
 class Parser(argparse.ArgumentParser):
@@ -506,7 +507,7 @@ def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation.
+# Evaluation. Both take the bare model and leave training's randomness alone.
 
 
 @torch.no_grad()
@@ -524,6 +525,17 @@ def evaluate(model, loader, rows, device, autocast):
         dist.all_reduce(total)
     model.train()
     return total.item() / rows
+
+
+def print_samples(model, tokenizer, device, autocast):
+    """Let each rank continue the lecture's prompt five times, to 30 tokens in all; 120 where a token is one byte."""
+    generator = torch.Generator(device).manual_seed(42 + RANK)
+    prompt = torch.tensor(tokenizer.encode_ordinary("Hello, I'm a language model,"), device=device)
+    length = 30 if tokenizer.name == "gpt2" else 120
+    with autocast:
+        rows = model.generate(prompt.expand(5, -1), length - len(prompt), generator=generator)
+    for i, row in enumerate(rows.tolist()):
+        print(f"rank {RANK} sample {i}: {tokenizer.decode(row)}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -565,6 +577,10 @@ def main():
     val_rows = min(max(args.val_tokens // args.T, 1), val_loader.rows_per_epoch)
     rows_per_step = args.total_batch_size // args.T
     grad_accum_steps = rows_per_step // (args.B * WORLD_SIZE)
+    if tokenizer is None and args.sample_every:
+        print0("warning: GPT-2's merges can't be downloaded: no samples will be printed")
+        args.sample_every = 0
+
     # Two names for the same weights: `model` is evaluated, `train_model` is compiled and synchronised.
     train_model = torch.compile(model) if args.compile else model
     if WORLD_SIZE > 1:
@@ -586,10 +602,12 @@ def main():
     begin = time.time()
     for step in range(args.max_steps + 1):
         last = step == args.max_steps
-        # Evaluate: the model after `step` steps.
+        # Evaluate, sample: the model after `step` steps.
         if due(args.val_every):
             val_loss = evaluate(model, val_loader, val_rows, device, autocast)
             print0(f"step {step:5d} | val loss {val_loss:.4f}")
+        if due(args.sample_every) and (step > 0 or last):
+            print_samples(model, tokenizer, device, autocast)
         if last:
             break
 
