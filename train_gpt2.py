@@ -1,6 +1,6 @@
 """
 GPT-2, built, trained and judged in one file, to be read from the first line to the last: model, presets, data,
-arguments, schedule, evaluation, training loop.
+arguments, schedule, files, evaluation, training loop.
 
     python train_gpt2.py                                    # a small GPT-2 on input.txt, minutes on a laptop
     torchrun --nproc_per_node=8 train_gpt2.py               # GPT-2 124M on edu_fineweb10B/, eight GPUs
@@ -16,14 +16,18 @@ Notable choices:
 """
 
 import argparse
+import contextlib
 import difflib
+import json
 import math
 import os
+import platform
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -432,6 +436,7 @@ class Args:
     val_every: int = flag("steps between validations, 0 = never (preset)")
     val_tokens: int = flag("tokens in one validation, at most the split's", 20 * 2**19)
     sample_every: int = flag("steps between samples, 0 = never (preset)")
+    log_dir: str = flag("where log.txt goes", "log")
 
 
 class Parser(argparse.ArgumentParser):
@@ -507,6 +512,53 @@ def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Files of a run. A file appears under its name only when it is complete, so a kill at any moment leaves the last one.
+
+
+@contextlib.contextmanager
+def complete_file(path):
+    """Open a binary file for writing that takes the name `path` at the end, unless an exception comes first."""
+    part = Path(path).with_name(Path(path).name + ".part")
+    try:
+        with open(part, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def told_not_raised(path):
+    """A disk that is full or read-only costs a warning, not the run."""
+    try:
+        yield
+    except OSError as e:
+        print(f"warning: {path} could not be written ({e}): training goes on without it", flush=True)
+
+
+def log(log_dir, step, **figures):
+    """Append a line `{step} {stream} {value}` for each figure (rank 0); 9 digits hold a float32 exactly."""
+    if RANK == 0:
+        with told_not_raised(log_dir / "log.txt"), open(log_dir / "log.txt", "a") as f:
+            f.writelines(f"{step} {stream} {value:.9g}\n" for stream, value in figures.items())
+
+
+def open_log(log_dir, record):
+    """
+    Make log_dir ready (rank 0); an earlier run's directory is moved aside. `record` goes to config.json: all that is
+    needed to run it once more.
+    """
+    if (log_dir / "log.txt").exists():
+        aside = log_dir.rename(f"{log_dir}.{datetime.now():%Y%m%d-%H%M%S}")
+        print0(f"{log_dir} held an earlier run: moved to {aside}")
+    log_dir.mkdir(parents=True, exist_ok=True)
+    with complete_file(log_dir / "config.json") as f:
+        f.write(json.dumps(record, indent=2).encode())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Evaluation. Both take the bare model and leave training's randomness alone.
 
 
@@ -547,6 +599,7 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "
 
 def main():
     args = parse_args()
+    log_dir = Path(args.log_dir)
 
     # Processes and device. NCCL carries tensors between GPUs, gloo between CPUs.
     device = torch.device(args.device, LOCAL_RANK) if args.device == "cuda" else torch.device(args.device)
@@ -581,6 +634,18 @@ def main():
         print0("warning: GPT-2's merges can't be downloaded: no samples will be printed")
         args.sample_every = 0
 
+    settings = asdict(args) | {"tokenizer": getattr(tokenizer, "name", None)}
+    if RANK == 0:
+        name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} x {os.cpu_count()}"
+        here = Path(__file__).resolve().parent
+        failed, commit = subprocess.getstatusoutput(f'git -C "{here}" describe --always --dirty --exclude "*"')
+        record = {
+            "command": sys.argv, "args": settings, "config": asdict(config), "world_size": WORLD_SIZE, "device": name,
+            "started": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "commit": None if failed else commit,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        }  # fmt: skip
+        open_log(log_dir, record)
+
     # Two names for the same weights: `model` is evaluated, `train_model` is compiled and synchronised.
     train_model = torch.compile(model) if args.compile else model
     if WORLD_SIZE > 1:
@@ -594,7 +659,7 @@ def main():
     print0(
         f"{args.model}: {n_params:,} parameters; {args.data}: {train_loader.rows_per_epoch * args.T:,} tokens; "
         f"a step is {args.total_batch_size:,} tokens: {args.B} rows of {args.T} x {grad_accum_steps} micro steps x "
-        f"{WORLD_SIZE} ranks; {args.device}, {args.dtype}{', compiled' if args.compile else ''}"
+        f"{WORLD_SIZE} ranks; {args.device}, {args.dtype}{', compiled' if args.compile else ''}; log in {log_dir}"
     )
     def due(every):
         return every and (step % every == 0 or last)
@@ -606,6 +671,7 @@ def main():
         if due(args.val_every):
             val_loss = evaluate(model, val_loader, val_rows, device, autocast)
             print0(f"step {step:5d} | val loss {val_loss:.4f}")
+            log(log_dir, step, val=val_loss)
         if due(args.sample_every) and (step > 0 or last):
             print_samples(model, tokenizer, device, autocast)
         if last:
@@ -648,6 +714,7 @@ def main():
             f"step {step:5d} | loss {loss:.6f} | lr {lr:.3e} | norm {norm:.4f} | {dt * 1000:.0f} ms | "
             f"{speed:,.0f} tok/s{mfu} | eta {eta}"
         )
+        log(log_dir, step, train=loss, lr=lr, norm=norm)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 
