@@ -4,14 +4,15 @@ arguments, schedule, files, evaluation, training loop.
 
     python train_gpt2.py                                    # a small GPT-2 on input.txt, minutes on a laptop
     torchrun --nproc_per_node=8 train_gpt2.py               # GPT-2 124M on edu_fineweb10B/, eight GPUs
+    torchrun --nproc_per_node=8 train_gpt2.py --resume      # go on after a stop, on any number of GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_gpt2.py
 
 Notable choices:
 - Names are those of Hugging Face's GPT-2, so weights move over by name.
-- What can be computed from the step is not carried: learning rate, position in the data. Any number of
-  processes trains on the same batches without talking.
-- The compiled, DDP-wrapped model only trains. Validation and samples use the bare module, which shares its weights:
-  compiling breaks nothing.
+- What can be computed from the step is not carried: learning rate, position in the data. To resume is
+  to load and begin at step k, and any number of processes trains on the same batches without talking.
+- The compiled, DDP-wrapped model only trains. Validation, samples and checkpoints use the bare module, which shares its
+  weights: compiling breaks nothing, and no prefix reaches a file.
 - Weights and optimizer state are float32; with bfloat16, forward and loss run under autocast.
 """
 
@@ -21,7 +22,9 @@ import difflib
 import json
 import math
 import os
+import pickle
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -202,6 +205,14 @@ class GPT(nn.Module):
             raise UserError(f"{name_or_dir} is not a GPT-2 language model: give a released name or its directory")
         model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
         model.load_state_dict(transpose_conv1d(hf.float().state_dict()))
+        return model
+
+    @classmethod
+    def from_checkpoint(cls, path):
+        """The model in a .pt file that training wrote. UserError when the file is damaged or something else."""
+        checkpoint = load_checkpoint(path)
+        model = cls(GPTConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
         return model
 
 
@@ -436,7 +447,9 @@ class Args:
     val_every: int = flag("steps between validations, 0 = never (preset)")
     val_tokens: int = flag("tokens in one validation, at most the split's", 20 * 2**19)
     sample_every: int = flag("steps between samples, 0 = never (preset)")
-    log_dir: str = flag("where log.txt goes", "log")
+    checkpoint_every: int = flag("steps between checkpoints, 0 = never, not even last", 5000)
+    log_dir: str = flag("where log.txt and checkpoints go", "log")
+    resume: bool = flag("go on from log_dir/latest.pt", False)
 
 
 class Parser(argparse.ArgumentParser):
@@ -534,8 +547,19 @@ def told_not_raised(path):
     """A disk that is full or read-only costs a warning, not the run."""
     try:
         yield
-    except OSError as e:
+    except (OSError, RuntimeError) as e:  # torch.save turns some of a disk's errors into RuntimeError
         print(f"warning: {path} could not be written ({e}): training goes on without it", flush=True)
+
+
+def load_checkpoint(path):
+    """The dict in a .pt file that training wrote, on the CPU; plain data only, no code is run. UserError if damaged."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint | {"config": checkpoint["config"]}
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError):
+        raise UserError(f"{path} is damaged or not a checkpoint of this script: use another one") from None
 
 
 def log(log_dir, step, **figures):
@@ -545,15 +569,21 @@ def log(log_dir, step, **figures):
             f.writelines(f"{step} {stream} {value:.9g}\n" for stream, value in figures.items())
 
 
-def open_log(log_dir, record):
+def open_log(log_dir, resume_step, record):
     """
-    Make log_dir ready (rank 0); an earlier run's directory is moved aside. `record` goes to config.json: all that is
-    needed to run it once more.
+    Make log_dir ready (rank 0). resume_step None: a new run; an earlier one's directory is moved aside. Else: drop the
+    log's lines of the steps that run again. `record` goes to config.json: all that is needed to run it once more.
     """
-    if (log_dir / "log.txt").exists():
+    log_file = log_dir / "log.txt"
+    if resume_step is None and log_file.exists():
         aside = log_dir.rename(f"{log_dir}.{datetime.now():%Y%m%d-%H%M%S}")
-        print0(f"{log_dir} held an earlier run: moved to {aside}")
+        print0(f"{log_dir} held an earlier run (--resume would go on with it): moved to {aside}")
     log_dir.mkdir(parents=True, exist_ok=True)
+    if log_file.exists():
+        lines = [line.split() for line in log_file.read_text().splitlines()]
+        keep = [line for line in lines if len(line) == 3 and int(line[0]) < resume_step]  # a kill may cut the last one
+        with complete_file(log_file) as f:
+            f.write("".join(" ".join(line) + "\n" for line in keep).encode())
     with complete_file(log_dir / "config.json") as f:
         f.write(json.dumps(record, indent=2).encode())
 
@@ -634,7 +664,27 @@ def main():
         print0("warning: GPT-2's merges can't be downloaded: no samples will be printed")
         args.sample_every = 0
 
+    # Resume: load, and begin at step k.
     settings = asdict(args) | {"tokenizer": getattr(tokenizer, "name", None)}
+    start_step = 0
+    if args.resume:
+        latest = load_checkpoint(log_dir / "latest.pt")
+        other = [f"{k} {v}" for k, v in latest["config"].items() if v != getattr(config, k)]
+        if other:
+            raise UserError(f"--resume: {log_dir}/latest.pt is of a model with {', '.join(other)}: repeat its flags")
+        if "optimizer" not in latest:
+            raise UserError(f"--resume: {log_dir}/latest.pt holds weights only: --init_from begins with them")
+        start_step = latest["step"]
+        if start_step > args.max_steps:
+            raise UserError(f"--resume: {log_dir} is at step {start_step}: raise --max_steps {args.max_steps}")
+        model.load_state_dict(latest["model"])
+        groups = optimizer.state_dict()["param_groups"]  # moments from the file, hyperparameters from the flags
+        optimizer.load_state_dict(latest["optimizer"] | {"param_groups": groups})
+        for name, was in latest["args"].items():
+            if settings[name] != was and name not in ("resume", "B"):
+                print0(f"--resume: {name} was {was}, is {settings[name]}")
+    train_loader.seek(start_step * rows_per_step)
+
     if RANK == 0:
         name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} x {os.cpu_count()}"
         here = Path(__file__).resolve().parent
@@ -644,12 +694,24 @@ def main():
             "started": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "commit": None if failed else commit,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         }  # fmt: skip
-        open_log(log_dir, record)
+        open_log(log_dir, start_step if args.resume else None, record)
 
-    # Two names for the same weights: `model` is evaluated, `train_model` is compiled and synchronised.
+    # Two names for the same weights: `model` is evaluated and saved, `train_model` is compiled and synchronised.
     train_model = torch.compile(model) if args.compile else model
     if WORLD_SIZE > 1:
         train_model = DDP(train_model, device_ids=[LOCAL_RANK] if args.device == "cuda" else None)
+
+    def save(step, name, **more):
+        if RANK == 0:
+            with told_not_raised(log_dir / name), complete_file(log_dir / name) as f:
+                torch.save({"model": model.state_dict(), "config": asdict(config), "step": step, **more}, f)
+
+    def save_latest(step):
+        save(step, "latest.pt", optimizer=optimizer.state_dict(), args=settings)
+
+    signals = []  # Ctrl-C and SIGTERM finish the step, save and end
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signals.append(number))
 
     n_params = sum(p.numel() for p in model.parameters())
     # Forward and backward, a token: 6 for each weight that multiplies, 12 * T * n_embd a layer for attention
@@ -665,15 +727,19 @@ def main():
         return every and (step % every == 0 or last)
 
     begin = time.time()
-    for step in range(args.max_steps + 1):
+    for step in range(start_step, args.max_steps + 1):
         last = step == args.max_steps
-        # Evaluate, sample: the model after `step` steps.
-        if due(args.val_every):
+        # Evaluate, sample, save: the model after `step` steps.
+        val_loss = None
+        if args.val_every and (due(args.val_every) or due(args.checkpoint_every)):
             val_loss = evaluate(model, val_loader, val_rows, device, autocast)
             print0(f"step {step:5d} | val loss {val_loss:.4f}")
             log(log_dir, step, val=val_loss)
         if due(args.sample_every) and (step > 0 or last):
             print_samples(model, tokenizer, device, autocast)
+        if due(args.checkpoint_every) and step > start_step:
+            save(step, f"model_{step:05d}.pt", val_loss=val_loss)
+            save_latest(step)
         if last:
             break
 
@@ -681,7 +747,11 @@ def main():
         t0 = time.time()
         loss = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
-            x, y = train_loader.next_batch()
+            try:
+                x, y = train_loader.next_batch()
+            except UserError:  # a bad shard, met in mid run: every rank meets it now, and nothing is lost
+                save_latest(step)
+                raise
             if device.type == "cuda":
                 x, y = x.pin_memory(), y.pin_memory()
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
@@ -692,8 +762,9 @@ def main():
             micro_loss = micro_loss / grad_accum_steps  # gradients add up over micro steps, the objective is a mean
             micro_loss.backward()
             loss += micro_loss.detach()
+        figures = torch.stack((loss / WORLD_SIZE, torch.tensor(float(len(signals)), device=device)))
         if WORLD_SIZE > 1:
-            dist.all_reduce(loss)
+            dist.all_reduce(figures)  # the mean loss; and the wish to stop of any rank, so that all stop at one step
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         lr = get_lr(step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
         for group in optimizer.param_groups:
@@ -704,10 +775,10 @@ def main():
             torch.accelerator.synchronize()  # the GPU works behind our back; the clock must not
         dt = time.time() - t0
 
-        loss, norm = loss.item() / WORLD_SIZE, norm.item()
+        (loss, stop_now), norm = figures.tolist(), norm.item()
         if not math.isfinite(loss + norm):
             raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: begin again with a lower --max_lr")
-        eta = timedelta(seconds=round((time.time() - begin) / (step + 1) * (args.max_steps - step - 1)))
+        eta = timedelta(seconds=round((time.time() - begin) / (step + 1 - start_step) * (args.max_steps - step - 1)))
         speed = args.total_batch_size / dt
         mfu = f" | mfu {flops * speed / (peak * WORLD_SIZE):.1%}" if peak else ""
         print0(
@@ -715,6 +786,11 @@ def main():
             f"{speed:,.0f} tok/s{mfu} | eta {eta}"
         )
         log(log_dir, step, train=loss, lr=lr, norm=norm)
+        if stop_now:
+            if args.checkpoint_every:
+                save_latest(step + 1)
+            print0(f"stopped after step {step}; --resume goes on")
+            break
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 
@@ -727,6 +803,7 @@ def run(main):
         sys.exit(130)
     except (UserError, OSError) as e:
         if RANK > 0:  # rank 0 made the same mistake and says so, and torchrun then ends this process;
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(4 + RANK)  # who lives on met something of its own
         print("error:", " ".join(str(e).split()), file=sys.stderr, flush=True)
         sys.exit(2)
