@@ -9,7 +9,7 @@ arguments, schedule, files, evaluation, training loop.
 
 Notable choices:
 - Names are those of Hugging Face's GPT-2, so weights move over by name.
-- What can be computed from the step is not carried: learning rate, position in the data. To resume is
+- What can be computed from the step is not carried: learning rate, position in the data, random seeds. To resume is
   to load and begin at step k, and any number of processes trains on the same batches without talking.
 - The compiled, DDP-wrapped model only trains. Validation, samples and checkpoints use the bare module, which shares its
   weights: compiling breaks nothing, and no prefix reaches a file.
@@ -74,6 +74,7 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
+    dropout: float = 0.0  # on attention weights and on what joins the residual stream, never on embeddings
 
 
 class CausalSelfAttention(nn.Module):
@@ -84,6 +85,7 @@ class CausalSelfAttention(nn.Module):
         if config.n_embd % config.n_head:
             raise UserError(f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}: change one of them")
         self.n_head = config.n_head
+        self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value of all heads at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
@@ -91,9 +93,10 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # flash: (T, T) is never stored
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # flash: (T, T) is never stored
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
-        return self.c_proj(y)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -101,12 +104,13 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.dropout = config.dropout
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
         x = F.gelu(self.c_fc(x), approximate="tanh")  # erf was slow in 2019; kept, because GPT-2 has it
-        return self.c_proj(x)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -430,6 +434,7 @@ class Args:
     n_head: int = flag("attention heads (preset)")
     n_embd: int = flag("width (preset)")
     vocab_size: int = flag("rows of the token embedding (preset)")
+    dropout: float = flag("on attention weights and on what joins the residual stream", 0.0)
     B: int = flag("rows of a micro batch on one rank (preset, fewer where ranks share a small step)")
     T: int = flag("tokens of a row (the preset's context)")
     total_batch_size: int = flag("tokens of a step, over all ranks and micro steps (preset)")
@@ -439,7 +444,7 @@ class Args:
     min_lr: float = flag("learning rate at the end (max_lr / 10)")
     weight_decay: float = flag("on matrices and embeddings", 0.1)
     grad_clip: float = flag("largest global norm of the gradient, 0 = any", 1.0)
-    seed: int = flag("of the weights and the order of the data", 42)
+    seed: int = flag("of the weights, the order of the data, dropout", 42)
     shuffle: bool = flag("a new order of shards and documents in every epoch", True)
     device: str = flag("where to train (the best there is)", choices=("cpu", "cuda", "mps"))
     dtype: str = flag("of forward and loss (bfloat16 on cuda, else float32)", choices=("float32", "bfloat16"))
@@ -487,6 +492,8 @@ def parse_args(argv=None):
         lowest = 1 if name in (*SHAPE, "B", "T", "total_batch_size", "val_tokens") else 0
         if isinstance(value, (int, float)) and not value >= lowest:  # NaN is refused too
             raise UserError(f"--{name} {value} is too small: at least {lowest}")
+    if args.dropout >= 1:
+        raise UserError(f"--dropout {args.dropout} is not a probability below 1")
     args.B = args.B or math.gcd(PRESETS[args.model]["B"], args.total_batch_size // args.T // WORLD_SIZE)
     unit = args.B * args.T * WORLD_SIZE
     if args.total_batch_size % unit:
@@ -508,7 +515,7 @@ def parse_args(argv=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Schedule: a function of the step.
+# Schedule and seeds: functions of the step.
 
 
 def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
@@ -522,6 +529,11 @@ def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
         return min_lr
     progress = (step - warmup_steps) / (max_steps - warmup_steps)
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
+
+
+def micro_seed(seed, step, micro_batch):
+    """Seed of one micro batch's dropout: for a given B the same on any number of ranks, and after a resume."""
+    return int(np.random.SeedSequence((seed, step, micro_batch)).generate_state(1)[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -643,7 +655,7 @@ def main():
     # The model. Drawn on the CPU: the same weights from the same seed on every device and every rank.
     torch.manual_seed(args.seed)
     shape = {name: getattr(args, name) for name in SHAPE}
-    model = GPT(GPTConfig(PRESETS[args.model]["T"], **shape))
+    model = GPT(GPTConfig(PRESETS[args.model]["T"], **shape, dropout=args.dropout))
     config = model.config
     if args.T > config.block_size:
         raise UserError(f"--T {args.T} is longer than the model's context of {config.block_size} tokens")
@@ -669,7 +681,7 @@ def main():
     start_step = 0
     if args.resume:
         latest = load_checkpoint(log_dir / "latest.pt")
-        other = [f"{k} {v}" for k, v in latest["config"].items() if v != getattr(config, k)]
+        other = [f"{k} {v}" for k, v in latest["config"].items() if k != "dropout" and v != getattr(config, k)]
         if other:
             raise UserError(f"--resume: {log_dir}/latest.pt is of a model with {', '.join(other)}: repeat its flags")
         if "optimizer" not in latest:
@@ -755,6 +767,7 @@ def main():
             if device.type == "cuda":
                 x, y = x.pin_memory(), y.pin_memory()
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            torch.manual_seed(micro_seed(args.seed, step, micro_step * WORLD_SIZE + RANK))
             if WORLD_SIZE > 1:  # only the last backward averages gradients over ranks; forward prepares for it
                 train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
