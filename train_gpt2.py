@@ -8,7 +8,7 @@ arguments, schedule, files, evaluation, training loop.
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_gpt2.py
 
 Notable choices:
-- Names are those of Hugging Face's GPT-2, so weights move over by name.
+- Names are those of Hugging Face's GPT-2, so weights move over by name, in both directions.
 - What can be computed from the step is not carried: learning rate, position in the data, random seeds. To resume is
   to load and begin at step k, and any number of processes trains on the same batches without talking.
 - The compiled, DDP-wrapped model only trains. Validation, samples and checkpoints use the bare module, which shares its
@@ -27,9 +27,10 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -211,6 +212,33 @@ class GPT(nn.Module):
         model.load_state_dict(transpose_conv1d(hf.float().state_dict()))
         return model
 
+    def save_pretrained(self, directory):
+        """Write Hugging Face format: config.json, safetensors and tokenizer; padding rows of the vocabulary cut off."""
+        from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+
+        c, rows = self.config, min(self.config.vocab_size, VOCAB_SIZE)
+        eot = EOT if EOT < rows else None
+        dropout = {"resid_pdrop": c.dropout, "attn_pdrop": c.dropout, "embd_pdrop": 0.0}
+        shape = {"n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
+        hf = GPT2LMHeadModel(GPT2Config(vocab_size=rows, **shape, **dropout, bos_token_id=eot, eos_token_id=eot))
+        state = transpose_conv1d(self.state_dict())
+        state |= {name: state[name][:rows] for name in ("transformer.wte.weight", "lm_head.weight")}
+        hf.load_state_dict(state)
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory) as tmp:
+            hf.save_pretrained(tmp)
+            if tokenizer := get_tokenizer():  # so that AutoTokenizer.from_pretrained(directory) has tiktoken's ids
+                bpe = TikTokenConverter(pattern=tokenizer._pat_str, extra_special_tokens=["<|endoftext|>"])
+                bpe.load_tiktoken_bpe = lambda _: tokenizer._mergeable_ranks  # it would read them from a file
+                special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+                PreTrainedTokenizerFast(tokenizer_object=bpe.converted(), **special).save_pretrained(tmp)
+            else:
+                print0("warning: GPT-2's merges can't be downloaded: the model is saved without its tokenizer")
+            for path in Path(tmp).iterdir():
+                os.replace(path, directory / path.name)
+
     @classmethod
     def from_checkpoint(cls, path):
         """The model in a .pt file that training wrote. UserError when the file is damaged or something else."""
@@ -221,7 +249,7 @@ class GPT(nn.Module):
 
 
 def transpose_conv1d(state):
-    """Hugging Face keeps four weights a block as Conv1D, (in, out), where nn.Linear has (out, in)."""
+    """Hugging Face keeps four weights a block as Conv1D, (in, out), where nn.Linear has (out, in). Either direction."""
     return {name: w.t() if name.endswith(CONV1D) else w for name, w in state.items()}
 
 
@@ -430,6 +458,7 @@ class Args:
 
     data: str = flag("directory of shards, or text file (edu_fineweb10B/ where it has shards, else input.txt)")
     model: str = flag("preset, listed below (gpt2 for shards, tiny for a text file)")
+    init_from: str = flag("begin with these weights: a released name, a Hugging Face directory or a .pt file")
     n_layer: int = flag("layers (preset)")
     n_head: int = flag("attention heads (preset)")
     n_embd: int = flag("width (preset)")
@@ -485,7 +514,7 @@ def parse_args(argv=None):
     if args.model not in PRESETS:
         raise UserError(f"there is no preset --model {args.model}: choose from {', '.join(PRESETS)}")
     for name, value in PRESETS[args.model].items():
-        if getattr(args, name) is None and name != "B":
+        if getattr(args, name) is None and name != "B" and not (args.init_from and name in SHAPE):
             setattr(args, name, value)
 
     for name, value in vars(args).items():
@@ -654,8 +683,17 @@ def main():
 
     # The model. Drawn on the CPU: the same weights from the same seed on every device and every rank.
     torch.manual_seed(args.seed)
-    shape = {name: getattr(args, name) for name in SHAPE}
-    model = GPT(GPTConfig(PRESETS[args.model]["T"], **shape, dropout=args.dropout))
+    if args.init_from:
+        load = GPT.from_checkpoint if args.init_from.endswith(".pt") else GPT.from_pretrained
+        source = load(args.init_from)
+        for name in SHAPE:
+            if getattr(args, name) not in (None, has := getattr(source.config, name)):
+                raise UserError(f"--{name} {getattr(args, name)}: {args.init_from} has {has}, leave the flag out")
+        model = GPT(replace(source.config, dropout=args.dropout))
+        model.load_state_dict(source.state_dict())
+    else:
+        shape = {name: getattr(args, name) for name in SHAPE}
+        model = GPT(GPTConfig(PRESETS[args.model]["T"], **shape, dropout=args.dropout))
     config = model.config
     if args.T > config.block_size:
         raise UserError(f"--T {args.T} is longer than the model's context of {config.block_size} tokens")
@@ -697,7 +735,7 @@ def main():
                 print0(f"--resume: {name} was {was}, is {settings[name]}")
     train_loader.seek(start_step * rows_per_step)
 
-    if RANK == 0:
+    if RANK == 0 and args.max_steps > 0:  # --max_steps 0 only looks at a model: no files
         name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} x {os.cpu_count()}"
         here = Path(__file__).resolve().parent
         failed, commit = subprocess.getstatusoutput(f'git -C "{here}" describe --always --dirty --exclude "*"')
@@ -746,7 +784,8 @@ def main():
         if args.val_every and (due(args.val_every) or due(args.checkpoint_every)):
             val_loss = evaluate(model, val_loader, val_rows, device, autocast)
             print0(f"step {step:5d} | val loss {val_loss:.4f}")
-            log(log_dir, step, val=val_loss)
+            if args.max_steps > 0:
+                log(log_dir, step, val=val_loss)
         if due(args.sample_every) and (step > 0 or last):
             print_samples(model, tokenizer, device, autocast)
         if due(args.checkpoint_every) and step > start_step:
