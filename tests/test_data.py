@@ -1,0 +1,185 @@
+"""DataLoaderLite: every token once an epoch, the same rows for any split of the work, memory and errors."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, make_tokens
+
+from train_gpt2 import EOT, DataLoaderLite, ShuffledShard, UserError, find_shards, load_text
+
+T = 16
+
+
+def loader(shards, B=2, rank=0, world_size=1, shuffle=True, seed=7):
+    return DataLoaderLite(find_shards(shards, 100)["train"], B, T, rank, world_size, seed=seed, shuffle=shuffle)
+
+
+def rows(batches):
+    """Rows (inputs and the last target) as a list of tuples."""
+    return [(*x.tolist(), y[-1].item()) for xs, ys in batches for x, y in zip(xs, ys)]
+
+
+def take(source, n):
+    return [source.next_batch() for _ in range(n)]
+
+
+def test_targets_are_inputs_one_token_ahead(shards):
+    x, y = loader(shards).next_batch()
+    assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (2, T)
+    assert torch.equal(x[:, 1:], y[:, :-1])
+
+
+def test_same_rows_for_any_micro_batch_and_any_number_of_ranks(shards):
+    """96 rows, more than two epochs of 41: shard and epoch borders inside."""
+    expected = rows(take(loader(shards, B=1), 96))
+    for B, world_size in itertools.product((1, 2, 3, 8), (1, 2, 4)):
+        ranks = [loader(shards, B, rank, world_size) for rank in range(world_size)]
+        dealt = [rank.next_batch() for _ in range(96 // (B * world_size)) for rank in ranks]
+        assert rows(dealt) == expected, (B, world_size)
+
+
+def test_every_row_once_an_epoch_in_a_new_order(shards):
+    source = loader(shards, B=1)
+    assert source.rows_per_epoch == 20 + 12 + 9
+    first, second = rows(take(source, 41)), rows(take(source, 41))
+    assert first != second
+    assert first + second == rows(take(loader(shards, B=1), 82))  # reproducibly
+    assert first != rows(take(loader(shards, B=1, seed=8), 41))
+
+
+def test_shuffling_permutes_whole_documents():
+    """All tokens of a shard are read once, and each document stays in one piece."""
+    tokens = make_tokens(5000, 3)
+    tokens[:3] = 5  # the end of a document that began in the shard before
+    shuffled = ShuffledShard(tokens, np.random.default_rng(0)).read(0, 5000)
+    assert sorted(shuffled) == sorted(tokens)
+
+    def documents(a):
+        return [tuple(d.tolist()) for d in np.split(a, np.flatnonzero(a == EOT)) if len(d) and d[0] == EOT]
+
+    before, after = documents(tokens), documents(shuffled)
+    assert before != after
+    # The headless piece ends up behind some document, which then looks longer; all others are as they were.
+    assert len(set(before) - set(after)) <= 1 and len(before) == len(after)
+
+
+def test_read_anywhere_equals_a_slice():
+    tokens = make_tokens(3000, 4)
+    shard = ShuffledShard(tokens, np.random.default_rng(1))
+    whole = shard.read(0, 3000)
+    for first, count in (0, 1), (17, 400), (2990, 10), (1234, 1766):
+        assert np.array_equal(shard.read(first, count), whole[first : first + count])
+
+
+def test_without_shuffling_the_order_is_the_lectures(shards):
+    source = loader(shards, B=1, shuffle=False)
+    expected = []
+    for path in sorted(shards.glob("*train*")):
+        tokens = np.load(path).tolist()
+        expected += [tuple(tokens[i : i + T + 1]) for i in range(0, len(tokens) - T, T)]
+    assert rows(take(source, 82)) == expected * 2
+
+
+def test_seek_needs_no_replay(shards):
+    expected = rows(take(loader(shards, B=1), 100))
+    for row in (0, 30, 41, 77):
+        source = loader(shards, B=4, rank=1, world_size=2)
+        source.seek(row)
+        assert rows(take(source, 1)) == expected[row + 4 : row + 8]
+
+
+def test_one_shard_and_steps_longer_than_an_epoch(tmp_path):
+    array = make_tokens(100, 5)
+    source = DataLoaderLite({"a": array}, 20, T, seed=1, shuffle=True)  # 6 rows an epoch
+    batch = rows(take(source, 1))
+    assert len(batch) == 20 and len(set(batch)) > 6
+
+
+def test_text_file_splits_and_documents(tmp_path):
+    class Letters:
+        def encode_ordinary_batch(self, texts):
+            return [[ord(c) for c in text] for text in texts]
+
+    path = tmp_path / "a.txt"
+
+    path.write_text("abcdefgh<|endoftext|>ijklmnXYZ")  # 30 characters: 27 to train, 3 to validate
+    splits = load_text(path, Letters())
+    (train,), (val,) = (list(splits[s].values()) for s in ("train", "val"))
+    assert train.dtype == np.uint16
+    assert train.tolist() == [EOT, *map(ord, "abcdefgh"), EOT, *map(ord, "ijklmn")]
+    assert val.tolist() == [EOT, *map(ord, "XYZ")]
+
+
+def test_only_the_validation_tokens_that_are_used_are_kept(tmp_path):
+    for i in range(2):
+        np.save(tmp_path / f"x_val_{i:06d}.npy", make_tokens(300, i))
+    np.save(tmp_path / "x_train_000002.npy", make_tokens(300, 2))
+    (val,) = find_shards(tmp_path, 400)["val"].values()
+    assert np.array_equal(val, np.concatenate([make_tokens(300, 0), make_tokens(300, 1)])[:401])
+
+
+def test_the_shuffled_order_is_pinned():
+    """A run that is resumed years later, with another numpy, must meet the same order: known values."""
+    tokens = np.arange(40, dtype=np.uint16)
+    tokens[::5] = EOT
+    source = DataLoaderLite({"a": tokens}, 1, 4, seed=1337, shuffle=True)
+    got = [source.next_batch()[0][0].tolist() for _ in range(3)]
+    assert got == [[50256, 26, 27, 28], [29, 50256, 16, 17], [18, 19, 50256, 11]]
+
+
+@pytest.mark.parametrize(
+    "array, message",
+    [
+        (np.zeros(100, dtype=np.int32), "1-D uint16"),
+        (np.zeros((10, 10), dtype=np.uint16), "1-D uint16"),
+        (np.zeros(16, dtype=np.uint16), "needs T \\+ 1"),
+    ],
+)
+def test_bad_shards_are_named_at_once(shards, array, message):
+    np.save(shards / "edufineweb_train_000009.npy", array)
+    with pytest.raises(UserError, match=message) as e:
+        loader(shards)
+    assert "edufineweb_train_000009.npy" in str(e.value)
+
+
+def test_truncated_shard_is_named(shards):
+    path = shards / "edufineweb_train_000002.npy"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match="000002.npy is damaged"):
+        loader(shards)
+
+
+def test_ids_beyond_the_vocabulary_are_named(shards):
+    tokens = make_tokens(200, 1)
+    tokens[100] = 50257
+    np.save(shards / "edufineweb_train_000002.npy", tokens)
+    with pytest.raises(UserError, match="000002.npy: token 50257"):
+        take(loader(shards), 41)
+
+
+def test_memory_stays_at_about_two_shards(tmp_path):
+    """Four shards of 40 MB each, read across every border: the process grows by little more than two of them."""
+    n = 20_000_000
+    for i in range(4):
+        tokens = np.full(n, i, dtype=np.uint16)
+        tokens[::1000] = EOT
+        np.save(tmp_path / f"x_{'val' if i == 0 else 'train'}_{i:06d}.npy", tokens)
+    np.save(tmp_path / "x_train_000004.npy", tokens)
+    code = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+from train_gpt2 import DataLoaderLite, find_shards
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+shards = find_shards(sys.argv[2], 10000)["train"]
+before = peak()
+loader = DataLoaderLite(shards, 64, 1024, seed=1, shuffle=True)
+for _ in range(4 * 20_000_000 // (64 * 1024)):
+    loader.next_batch()
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(tmp_path)], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 2.5 * 2 * n / 2**20

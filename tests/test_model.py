@@ -1,0 +1,225 @@
+"""The model against Hugging Face's GPT-2, hand-computed figures and the lecture's."""
+
+import math
+
+import pytest
+import torch
+from conftest import ROOT, needs_bpe
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import train_gpt2
+from train_gpt2 import GPT, PRESETS, GPTConfig, UserError, get_lr, get_tokenizer
+
+SMALL = GPTConfig(block_size=32, vocab_size=50304, n_layer=3, n_head=4, n_embd=32)
+
+
+@pytest.fixture
+def hf(tmp_path):
+    """A small Hugging Face GPT-2, all of its tensors random, and the directory that it was saved to."""
+    torch.manual_seed(1)
+    model = GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=32, n_layer=3, n_head=4, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    model.save_pretrained(tmp_path / "hf")
+    return model, tmp_path / "hf"
+
+
+def test_logits_loss_and_gradients_equal_hugging_faces(hf):
+    reference, directory = hf
+    model = GPT.from_pretrained(directory)
+    idx = torch.randint(50257, (3, 32))
+    logits, loss = model(idx, idx.roll(-1, 1))
+    theirs = reference(idx).logits
+    torch.testing.assert_close(logits, theirs, atol=1e-5, rtol=0)
+    torch.nn.functional.cross_entropy(theirs.view(-1, 50257), idx.roll(-1, 1).view(-1)).backward()
+    loss.backward()
+    expected = dict(reference.named_parameters())
+    for name, p in model.named_parameters():
+        grad = expected[name].grad.t() if name.endswith(train_gpt2.CONV1D) else expected[name].grad
+        assert (p.grad - grad).norm() <= 1e-4 * grad.norm(), name
+
+
+def test_round_trip_through_hugging_face_is_bit_exact(tmp_path):
+    model = GPT(SMALL)
+    model.save_pretrained(tmp_path / "out")
+    reference = GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+    assert reference.config.vocab_size == 50257
+    back = GPT.from_pretrained(tmp_path / "out")
+    for name, p in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], p[:50257]), name
+    idx = torch.randint(50257, (2, 32))
+    torch.testing.assert_close(model.eval()(idx)[0][..., :50257], reference(idx).logits, atol=1e-5, rtol=0)
+
+
+@needs_bpe
+def test_exported_tokenizer_gives_tiktokens_ids(tmp_path):
+    GPT(SMALL).save_pretrained(tmp_path)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), get_tokenizer()
+    text = (ROOT / "input.txt").read_text()[:20000] + " 1234567 x'll  \n\n\t naïve 東京 🙂 "
+    assert theirs.encode(text) == ours.encode_ordinary(text)
+    assert theirs.decode(ours.encode_ordinary(text)) == text
+    assert theirs.encode("<|endoftext|>") == [50256]
+    assert ours.encode_ordinary("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+
+
+def test_another_architecture_is_refused(tmp_path):
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, activation_function="relu")).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="not a GPT-2"):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+)
+def test_sizes_of_the_released_models(name, parameters):
+    p = PRESETS[name]
+    with torch.device("meta"):
+        model = GPT(GPTConfig(p["T"], 50257, p["n_layer"], p["n_head"], p["n_embd"]))
+    assert sum(t.numel() for t in model.parameters()) == parameters
+
+
+def test_decayed_parameters_are_those_of_the_lecture(capsys):
+    with torch.device("meta"):
+        optimizer = GPT(GPTConfig(vocab_size=50304)).configure_optimizer(6e-4, 0.1)
+    decayed, rest = optimizer.param_groups
+    assert (len(decayed["params"]), sum(p.numel() for p in decayed["params"])) == (50, 124_354_560)
+    assert (len(rest["params"]), sum(p.numel() for p in rest["params"])) == (98, 121_344)
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    assert "124,354,560" in capsys.readouterr().out
+
+
+def test_initialisation():
+    model = GPT(GPTConfig(block_size=64, n_layer=8, n_head=4, n_embd=128))
+    state = model.state_dict()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    for name, std in ("wte", 0.02), ("wpe", 0.02), ("h.3.attn.c_attn", 0.02), ("h.3.mlp.c_fc", 0.02):
+        assert state[f"transformer.{name}.weight"].std().item() == pytest.approx(std, rel=0.03)
+    for name in "attn.c_proj", "mlp.c_proj":
+        assert state[f"transformer.h.5.{name}.weight"].std().item() == pytest.approx(0.005, rel=0.03)  # 0.02 / sqrt(16)
+        assert not state[f"transformer.h.5.{name}.bias"].any()
+    _, loss = model(torch.randint(50257, (4, 64)), torch.randint(50257, (4, 64)))
+    assert loss.item() == pytest.approx(math.log(50257), abs=0.1)
+
+
+def test_residual_stream_does_not_grow_with_depth():
+    x = torch.zeros(10_000)
+    for _ in range(100):
+        x += 100**-0.5 * torch.randn(10_000)
+    assert x.std().item() == pytest.approx(1.0, rel=0.05)  # the idea, in numbers
+    idx = torch.randint(50257, (2, 64))
+    spread = {}
+    for n_layer in (2, 32):
+        model = GPT(GPTConfig(block_size=64, n_layer=n_layer, n_head=4, n_embd=64))
+        spread[n_layer] = torch.stack([b.std() for b in _stream(model, idx)])[-1].item()
+    assert spread[32] < 2 * spread[2]
+
+
+def _stream(model, idx):
+    x = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(idx.size(1)))
+    for block in model.transformer.h:
+        x = block(x)
+        yield x
+
+
+def test_no_token_sees_the_future():
+    model = GPT(SMALL).eval()
+    idx = torch.randint(50257, (1, 32))
+    changed = idx.clone()
+    changed[0, 20:] = torch.randint(50257, (12,))
+    a, b = model(idx)[0], model(changed)[0]
+    assert torch.equal(a[:, :20], b[:, :20]) and not torch.equal(a[:, 20:], b[:, 20:])
+
+
+def test_overfits_one_batch():
+    """The lecture's check: 124M, 4 x 32 tokens, learning rate 3e-4, 50 steps."""
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(vocab_size=50304))
+    run = torch.randint(50257, (4 * 32 + 1,))
+    x, y = run[:-1].view(4, 32), run[1:].view(4, 32)
+    optimizer = model.configure_optimizer(3e-4, 0.1)
+    for _ in range(50):
+        optimizer.zero_grad()
+        _, loss = model(x, y)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+def test_generate_samples_the_top_k_and_never_padding():
+    torch.manual_seed(0)
+    model = GPT(SMALL)
+    with torch.no_grad():
+        model.transformer.wte.weight[50257:] = 100 * model.transformer.wte.weight[:47]  # loud padding
+    idx = torch.randint(50257, (4, 30))
+    out = model.generate(idx, 40, top_k=5, generator=torch.Generator().manual_seed(42))
+    assert out.shape == (4, 70) and torch.equal(out[:, :30], idx) and out.max() < 50257
+    assert torch.equal(out, model.generate(idx, 40, top_k=5, generator=torch.Generator().manual_seed(42)))
+    likeliest = model.eval()(out[:, :30])[0][:, -1, :50257].topk(5).indices
+    assert all(out[row, 30] in likeliest[row] for row in range(4))
+    greedy = model.generate(idx, 1, top_k=1)[:, -1]
+    assert torch.equal(greedy, likeliest[:, 0])
+
+
+def test_generate_leaves_mode_and_global_randomness_alone():
+    model = GPT(SMALL).train()
+    before = torch.get_rng_state()
+    model.generate(torch.zeros(1, 1, dtype=torch.int64), 5, generator=torch.Generator().manual_seed(42))
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+
+
+def test_dropout_in_training_only():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(32, 300, 2, 2, 16, dropout=0.5))
+    idx = torch.randint(300, (2, 32))
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+    model.eval()
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    # Embeddings are never dropped: with the branches silent nothing random is left.
+    model.train()
+    for block in model.transformer.h:
+        for module in block.attn, block.mlp:
+            torch.nn.init.zeros_(module.c_proj.weight)
+    assert torch.equal(model(idx)[0], model(idx)[0])
+
+
+def test_bfloat16_autocast_keeps_the_loss():
+    torch.manual_seed(0)
+    model, idx = GPT(SMALL), torch.randint(50257, (4, 33))
+    _, exact = model(idx[:, :-1], idx[:, 1:])
+    with torch.autocast("cpu", torch.bfloat16):
+        _, loss = model(idx[:, :-1], idx[:, 1:])
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), abs=2e-3)
+
+
+def test_learning_rate_at_the_steps_that_matter():
+    rate = {step: get_lr(step, 6e-4, 6e-5, 715, 19073) for step in (0, 714, 715, 9894, 19073, 30000)}
+    assert rate[0] == pytest.approx(6e-4 / 715)  # never 0
+    assert rate[714] == rate[715] == pytest.approx(6e-4)
+    assert rate[9894] == pytest.approx(3.3e-4)  # half way: the middle of 6e-4 and 6e-5
+    assert rate[19073] == rate[30000] == pytest.approx(6e-5)
+    assert get_lr(0, 1.0, 0.1, 0, 10) == pytest.approx(1.0)  # no warmup
+
+
+def test_byte_tokens_are_gpt2s_own(monkeypatch):
+    def refuse(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(train_gpt2.tiktoken, "get_encoding", refuse)
+    assert get_tokenizer() is None
+    tokenizer = get_tokenizer(text_file=True)
+    text = "Hi!\n naïve 東京 <|endoftext|>"
+    ids = tokenizer.encode_ordinary(text)
+    assert ids[:5] == [39, 72, 0, 198, 220]  # H i ! newline space, as in GPT-2's encoder.json
+    assert max(ids) < 256 and tokenizer.decode(ids) == text
+    assert sorted(tokenizer.encode_single_token(bytes([b])) for b in range(256)) == list(range(256))
+
+
+@needs_bpe
+def test_byte_tokens_decode_as_in_the_real_vocabulary(monkeypatch):
+    real = get_tokenizer()
+    monkeypatch.setattr(train_gpt2.tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(OSError()))
+    ours = get_tokenizer(text_file=True)
+    for i in range(256):
+        assert ours.decode_single_token_bytes(i) == real.decode_single_token_bytes(i)
+    assert real.decode([50256]) == ours.decode([50256]) == "<|endoftext|>"
