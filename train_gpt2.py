@@ -257,7 +257,6 @@ def transpose_conv1d(state):
 # Presets: every model that has a name, and how it is trained.
 
 
-
 def preset(
     n_layer, n_head, n_embd, T, max_lr, B, total_batch_size=2**19, max_steps=10**10 // 2**19,
     warmup_steps=375 * 10**6 // 2**19, val_every=250, sample_every=250, vocab_size=50304,
@@ -446,7 +445,7 @@ class DataLoaderLite:
 
 
 def flag(help, default=None, **options):
-    return field(default=default, metadata={"help": help, **options})
+    return field(default=default, metadata={"help": help if default is None else f"{help} ({default})", **options})
 
 
 SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size")
@@ -696,7 +695,7 @@ def main():
         model = GPT(GPTConfig(PRESETS[args.model]["T"], **shape, dropout=args.dropout))
     config = model.config
     if args.T > config.block_size:
-        raise UserError(f"--T {args.T} is longer than the model's context of {config.block_size} tokens")
+        raise UserError(f"--T {args.T} is longer than the model's context: at most {config.block_size}")
     model.to(device)
     optimizer = model.configure_optimizer(args.max_lr, args.weight_decay)
 
