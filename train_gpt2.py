@@ -285,38 +285,45 @@ PRESETS = {
 # Data: from a text file or from shards (what fineweb.py writes) to batches of rows.
 
 
-def get_tokenizer(text_file=False):
-    """GPT-2's BPE, a tiktoken.Encoding. Where its merges can't be had: None; for a text file, its single bytes."""
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except OSError:  # no network, and nothing in tiktoken's cache
-        if not text_file:
+def get_tokenizer(name="gpt2"):
+    """
+    A tiktoken.Encoding: "gpt2", which is GPT-2's BPE, or None where its merges can't be had; "bytes", the 256
+    single-byte tokens of the same vocabulary, which need no download.
+    """
+    if name == "gpt2":
+        try:
+            return tiktoken.get_encoding(name)
+        except OSError:  # no network, and nothing in tiktoken's cache
             return None
-    print0("warning: GPT-2's merges can't be downloaded: the text becomes GPT-2's single-byte tokens")
     # The vocabulary begins with the bytes that print (in Latin-1), then has the others, both in order.
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     order = printable + [b for b in range(256) if b not in printable]
     # The ids in between are never made from text, but a young model samples them: give them a printable name.
     names = {f"<|{i}|>": i for i in range(256, EOT)} | {"<|endoftext|>": EOT}
     ranks = {bytes([b]): i for i, b in enumerate(order)}
-    return tiktoken.Encoding("gpt2-bytes", pat_str=r"\s?\S+|\s", mergeable_ranks=ranks, special_tokens=names)
+    return tiktoken.Encoding("bytes", pat_str=r"\s?\S+|\s", mergeable_ranks=ranks, special_tokens=names)
 
 
-def load_text(path, tokenizer):
+def load_text(path):
     """
     A UTF-8 text file as two shards: nine tenths of its characters to train, the last tenth to validate. As in all
-    shards EOT leads every document; a file may hold several, with <|endoftext|> between them.
+    shards EOT leads every document; a file may hold several, with <|endoftext|> between them. Returns the shards of
+    each split, the tokenizer, and how many bytes of text a token of the validation split stands for.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text (byte {e.start}): convert it or give another") from None
+    if not (tokenizer := get_tokenizer()):
+        print0("warning: GPT-2's merges can't be downloaded: the text becomes GPT-2's single-byte tokens")
+        tokenizer = get_tokenizer("bytes")
     cut, splits = len(text) * 9 // 10, {}
-    for split, part in ("train", text[:cut]), ("val", text[cut:]):
-        documents = tokenizer.encode_ordinary_batch(part.split("<|endoftext|>"))
+    for split, part in ("train", text[:cut]), ("val", text[cut:]):  # `texts` and `tokens` end as validation's
+        texts = part.split("<|endoftext|>")
+        documents = tokenizer.encode_ordinary_batch(texts)
         tokens = np.array([t for document in documents for t in (EOT, *document)], dtype=np.uint16)
         splits[split] = {f"{path} ({split} split)": tokens}
-    return splits
+    return splits, tokenizer, sum(len(text.encode()) for text in texts) / len(tokens)
 
 
 def load_shard(shard, mmap_mode=None):
@@ -335,16 +342,30 @@ def load_shard(shard, mmap_mode=None):
 def find_shards(directory, val_tokens):
     """
     The .npy files with "train" and "val" in their names: training as paths, which the loader reads when their turn
-    comes; of validation the `val_tokens` + 1 tokens that will be used.
+    comes; of validation the `val_tokens` + 1 tokens that will be used. meta.json, which fineweb.py writes beside them,
+    tells the tokenizer (else GPT-2's) and how many bytes of text a token of validation stands for (else None).
     """
     train, val = (sorted(Path(directory).glob(f"*{split}*.npy")) for split in ("train", "val"))
     if not train or not val:
         raise UserError(f"{directory} needs shards, one *train*.npy and one *val*.npy at least: see --data in --help")
+    tokenizer, bytes_per_token, meta_file = get_tokenizer(), None, Path(directory, "meta.json")
+    if meta_file.exists():
+        meta = json.loads(meta_file.read_text())
+        for path in train + val:
+            entry = meta["shards"].get(path.name)
+            if not entry or entry["tokens"] != len(load_shard(path, "r")):
+                raise UserError(f"{path} is not the shard that {meta_file} tells of, its tokenizer is unknown: move it")
+        if not meta["complete"]:
+            print0(f"warning: {directory} is not complete: python fineweb.py goes on with it")
+        entries = [meta["shards"][path.name] for path in val]
+        bytes_per_token = sum(e["bytes"] for e in entries) / sum(e["tokens"] for e in entries)
+        tokenizer = get_tokenizer(meta["tokenizer"])
     head, missing = [], val_tokens + 1
     while val and missing > 0:
         head.append(np.array(load_shard(val.pop(0), "r")[:missing]))
         missing -= len(head[-1])
-    return {"train": {str(path): path for path in train}, "val": {f"{directory} (val split)": np.concatenate(head)}}
+    splits = {"train": {str(path): path for path in train}, "val": {f"{directory} (val split)": np.concatenate(head)}}
+    return splits, tokenizer, bytes_per_token
 
 
 class ShuffledShard:
@@ -578,17 +599,20 @@ def complete_file(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch.save turns some of a disk's errors into RuntimeError
+        why = getattr(e, "strerror", None) or e
+        raise UserError(f"{path} can't be written ({why}): make room, or choose another place") from None
     finally:
         part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def told_not_raised(path):
+def told_not_raised():
     """A disk that is full or read-only costs a warning, not the run."""
     try:
         yield
-    except (OSError, RuntimeError) as e:  # torch.save turns some of a disk's errors into RuntimeError
-        print(f"warning: {path} could not be written ({e}): training goes on without it", flush=True)
+    except (UserError, OSError) as e:
+        print(f"warning: {e}; training goes on without it", flush=True)
 
 
 def load_checkpoint(path):
@@ -605,7 +629,7 @@ def load_checkpoint(path):
 def log(log_dir, step, **figures):
     """Append a line `{step} {stream} {value}` for each figure (rank 0); 9 digits hold a float32 exactly."""
     if RANK == 0:
-        with told_not_raised(log_dir / "log.txt"), open(log_dir / "log.txt", "a") as f:
+        with told_not_raised(), open(log_dir / "log.txt", "a") as f:
             f.writelines(f"{step} {stream} {value:.9g}\n" for stream, value in figures.items())
 
 
@@ -700,9 +724,8 @@ def main():
     optimizer = model.configure_optimizer(args.max_lr, args.weight_decay)
 
     # Data: what a step reads depends on its number alone.
-    text_file = Path(args.data).is_file()
-    tokenizer = get_tokenizer(text_file)
-    splits = load_text(args.data, tokenizer) if text_file else find_shards(args.data, args.val_tokens)
+    data = load_text(args.data) if Path(args.data).is_file() else find_shards(args.data, args.val_tokens)
+    splits, tokenizer, bytes_per_token = data
     layout = (args.B, args.T, RANK, WORLD_SIZE, min(config.vocab_size, VOCAB_SIZE))
     train_loader = DataLoaderLite(splits["train"], *layout, args.seed, args.shuffle)
     val_loader = DataLoaderLite(splits["val"], *layout)
@@ -752,7 +775,7 @@ def main():
 
     def save(step, name, **more):
         if RANK == 0:
-            with told_not_raised(log_dir / name), complete_file(log_dir / name) as f:
+            with told_not_raised(), complete_file(log_dir / name) as f:
                 torch.save({"model": model.state_dict(), "config": asdict(config), "step": step, **more}, f)
 
     def save_latest(step):
@@ -782,9 +805,12 @@ def main():
         val_loss = None
         if args.val_every and (due(args.val_every) or due(args.checkpoint_every)):
             val_loss = evaluate(model, val_loader, val_rows, device, autocast)
-            print0(f"step {step:5d} | val loss {val_loss:.4f}")
+            figures = {"val": val_loss}
+            if bytes_per_token:
+                figures["val_bpb"] = val_loss / math.log(2) / bytes_per_token  # comparable across tokenizers
+            print0(f"step {step:5d} | " + " | ".join(f"{name} {value:.4f}" for name, value in figures.items()))
             if args.max_steps > 0:
-                log(log_dir, step, val=val_loss)
+                log(log_dir, step, **figures)
         if due(args.sample_every) and (step > 0 or last):
             print_samples(model, tokenizer, device, autocast)
         if due(args.checkpoint_every) and step > start_step:

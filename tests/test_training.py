@@ -187,7 +187,7 @@ def test_init_from_checkpoint_and_hugging_face_directory(shards, tmp_path):
     last = read_log(tmp_path / "first", "val")[20]
     shape = ["--T", "16", "--B", "2", "--total_batch_size", "128", "--val_tokens", "150", "--max_steps", "0", "--data", shards]
     same, cut = (
-        float(re.search(r"val loss (\S+)", succeed(*shape, "--init_from", path, "--log_dir", tmp_path / "a").stdout)[1])
+        float(re.search(r"val (\S+)", succeed(*shape, "--init_from", path, "--log_dir", tmp_path / "a").stdout)[1])
         for path in (tmp_path / "first" / "model_00020.pt", tmp_path / "hf")
     )
     assert same == pytest.approx(last, abs=1e-4)
