@@ -207,7 +207,7 @@ def test_byte_tokens_are_gpt2s_own(monkeypatch):
 
     monkeypatch.setattr(train_gpt2.tiktoken, "get_encoding", refuse)
     assert get_tokenizer() is None
-    tokenizer = get_tokenizer(text_file=True)
+    tokenizer = get_tokenizer("bytes")
     text = "Hi!\n naïve 東京 <|endoftext|>"
     ids = tokenizer.encode_ordinary(text)
     assert ids[:5] == [39, 72, 0, 198, 220]  # H i ! newline space, as in GPT-2's encoder.json
@@ -219,7 +219,7 @@ def test_byte_tokens_are_gpt2s_own(monkeypatch):
 def test_byte_tokens_decode_as_in_the_real_vocabulary(monkeypatch):
     real = get_tokenizer()
     monkeypatch.setattr(train_gpt2.tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(OSError()))
-    ours = get_tokenizer(text_file=True)
+    ours = get_tokenizer("bytes")
     for i in range(256):
         assert ours.decode_single_token_bytes(i) == real.decode_single_token_bytes(i)
     assert real.decode([50256]) == ours.decode([50256]) == "<|endoftext|>"

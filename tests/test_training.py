@@ -212,7 +212,7 @@ def test_checkpoint_that_cannot_be_written_does_not_stop_the_run(shards, tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     done = succeed("--data", shards, *RUN, "--log_dir", tmp_path / "log", "--checkpoint_every", 10, preexec_fn=limit)
-    assert done.stdout.count("could not be written") == 4  # model_ and latest, twice
+    assert done.stdout.count("can't be written") == 4  # model_ and latest, twice
     assert len(read_log(tmp_path / "log")) == 20
     assert sorted(p.name for p in (tmp_path / "log").iterdir()) == ["config.json", "log.txt"]
 
