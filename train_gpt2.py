@@ -90,12 +90,12 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value of all heads at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x):
+    def forward(self, x, mask=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # flash: (T, T) is never stored
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)  # flash: no (T, T) is stored
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -122,8 +122,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))  # norms sit inside the branches (pre-norm):
+    def forward(self, x, mask=None):
+        x = x + self.attn(self.ln_1(x), mask)  # norms sit inside the branches (pre-norm):
         x = x + self.mlp(self.ln_2(x))  # gradients reach every layer through the sums unchanged
         return x
 
@@ -155,14 +155,18 @@ class GPT(nn.Module):
             elif p.dim() == 2:
                 nn.init.normal_(p, std=residual_std if name.endswith("c_proj.weight") else 0.02)
 
-    def hidden(self, idx):
-        """idx: int64 (B, T), T <= block_size. Returns what the head reads: float (B, T, n_embd)."""
-        T = idx.size(1)
-        if T > self.config.block_size:
-            raise ValueError(f"sequence of {T} tokens, but block_size is {self.config.block_size}")
-        x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))
+    def hidden(self, idx, pos=None, mask=None):
+        """
+        idx: int64 (B, T), T <= block_size. Returns what the head reads: float (B, T, n_embd). HellaSwag, where four
+        endings share a context, gives positions other than 0 to T - 1, int64 (B, T), and who sees whom, bool (B, 1, T, T).
+        """
+        if pos is None:
+            if (T := idx.size(1)) > self.config.block_size:
+                raise ValueError(f"sequence of {T} tokens, but block_size is {self.config.block_size}")
+            pos = torch.arange(T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)
         for block in self.transformer.h:
-            x = block(x)
+            x = block(x, mask)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
@@ -174,7 +178,7 @@ class GPT(nn.Module):
         return logits, loss
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, top_k=50, generator=None):
+    def generate(self, idx, max_new_tokens, top_k=50, generator=None, temperature=1.0):
         """
         Continue idx, int64 (B, T), each token drawn from the `top_k` likeliest, never from the vocabulary's padding;
         beyond block_size the oldest leave the context. Returns int64 (B, T + max_new_tokens).
@@ -183,7 +187,7 @@ class GPT(nn.Module):
         self.eval()
         for _ in range(max_new_tokens):
             last = self.hidden(idx[:, -self.config.block_size :])[:, -1]  # only the last position needs logits
-            logits = self.lm_head(last)[:, :VOCAB_SIZE].float()
+            logits = self.lm_head(last)[:, :VOCAB_SIZE].float() / temperature
             logits, candidates = logits.topk(min(top_k, logits.size(-1)))
             choice = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
             idx = torch.cat((idx, candidates.gather(1, choice)), dim=1)
@@ -248,6 +252,17 @@ class GPT(nn.Module):
         return model
 
 
+def load_model(source):
+    """The GPT of a .pt checkpoint, a directory that Hugging Face's save_pretrained wrote, or a released name."""
+    if source.endswith(".pt"):
+        return GPT.from_checkpoint(source)
+    try:
+        return GPT.from_pretrained(source)
+    except (OSError, ValueError) as e:
+        what = "no .pt file, Hugging Face directory or released name within reach"
+        raise UserError(f"{source} is {what}: {str(e).splitlines()[0]}") from None
+
+
 def transpose_conv1d(state):
     """Hugging Face keeps four weights a block as Conv1D, (in, out), where nn.Linear has (out, in). Either direction."""
     return {name: w.t() if name.endswith(CONV1D) else w for name, w in state.items()}
@@ -259,7 +274,7 @@ def transpose_conv1d(state):
 
 def preset(
     n_layer, n_head, n_embd, T, max_lr, B, total_batch_size=2**19, max_steps=10**10 // 2**19,
-    warmup_steps=375 * 10**6 // 2**19, val_every=250, sample_every=250, vocab_size=50304,
+    warmup_steps=375 * 10**6 // 2**19, val_every=250, hellaswag_every=250, sample_every=250, vocab_size=50304,
 ):  # fmt: skip
     """
     Values for the flags of these names. Rates and warmup: GPT-3 paper, table 2.1 and appendix B. max_steps: an epoch of
@@ -277,7 +292,7 @@ PRESETS = {
     "gpt3-medium": preset(24, 16, 1024, 2048, 3e-4, 16),
     "gpt3-large": preset(24, 16, 1536, 2048, 2.5e-4, 8),
     "gpt3-xl": preset(24, 16, 2048, 2048, 2e-4, 4, 2**20, 10**10 // 2**20, 375 * 10**6 // 2**20),  # paper: 24 heads
-    "tiny": preset(4, 4, 128, 128, 1e-3, 8, 2**10, 250, 20, 50, 125),  # for a laptop
+    "tiny": preset(4, 4, 128, 128, 1e-3, 8, 2**10, 250, 20, 50, 0, 125),  # for a laptop
 }
 
 
@@ -500,7 +515,13 @@ class Args:
     compile: bool = flag("torch.compile: a minute's wait, then faster steps (on for cuda)")
     val_every: int = flag("steps between validations, 0 = never (preset)")
     val_tokens: int = flag("tokens in one validation, at most the split's", 20 * 2**19)
+    hellaswag_every: int = flag("steps between HellaSwag evaluations, 0 = never (preset)")
     sample_every: int = flag("steps between samples, 0 = never (preset)")
+    prompt: str = flag("what samples continue", "Hello, I'm a language model,")
+    num_samples: int = flag("samples of each rank", 5)
+    max_new_tokens: int = flag("tokens of a sample", 22)
+    top_k: int = flag("a sample's token is one of so many likeliest", 50)
+    temperature: float = flag("of samples: below 1 bolder, above 1 wilder", 1.0)
     checkpoint_every: int = flag("steps between checkpoints, 0 = never, not even last", 5000)
     log_dir: str = flag("where log.txt and checkpoints go", "log")
     resume: bool = flag("go on from log_dir/latest.pt", False)
@@ -538,7 +559,8 @@ def parse_args(argv=None):
             setattr(args, name, value)
 
     for name, value in vars(args).items():
-        lowest = 1 if name in (*SHAPE, "B", "T", "total_batch_size", "val_tokens") else 0
+        positive = (*SHAPE, "B", "T", "total_batch_size", "val_tokens", "num_samples", "max_new_tokens", "top_k")
+        lowest = 1 if name in positive else 1e-3 if name == "temperature" else 0
         if isinstance(value, (int, float)) and not value >= lowest:  # NaN is refused too
             raise UserError(f"--{name} {value} is too small: at least {lowest}")
     if args.dropout >= 1:
@@ -673,13 +695,13 @@ def evaluate(model, loader, rows, device, autocast):
     return total.item() / rows
 
 
-def print_samples(model, tokenizer, device, autocast):
-    """Let each rank continue the lecture's prompt five times, to 30 tokens in all; 120 where a token is one byte."""
+def print_samples(model, tokenizer, args, device, autocast):
+    """Let each rank continue the prompt a few times. Where a token is one byte, four times as far."""
     generator = torch.Generator(device).manual_seed(42 + RANK)
-    prompt = torch.tensor(tokenizer.encode_ordinary("Hello, I'm a language model,"), device=device)
-    length = 30 if tokenizer.name == "gpt2" else 120
+    prompt = torch.tensor(tokenizer.encode_ordinary(args.prompt) or [EOT], device=device).expand(args.num_samples, -1)
+    length = args.max_new_tokens * (4 if tokenizer.name == "bytes" else 1)
     with autocast:
-        rows = model.generate(prompt.expand(5, -1), length - len(prompt), generator=generator)
+        rows = model.generate(prompt, length, args.top_k, generator, args.temperature)
     for i, row in enumerate(rows.tolist()):
         print(f"rank {RANK} sample {i}: {tokenizer.decode(row)}", flush=True)
 
@@ -692,6 +714,8 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "
 
 
 def main():
+    import hellaswag  # here, because it imports from this file
+
     args = parse_args()
     log_dir = Path(args.log_dir)
 
@@ -707,8 +731,7 @@ def main():
     # The model. Drawn on the CPU: the same weights from the same seed on every device and every rank.
     torch.manual_seed(args.seed)
     if args.init_from:
-        load = GPT.from_checkpoint if args.init_from.endswith(".pt") else GPT.from_pretrained
-        source = load(args.init_from)
+        source = load_model(args.init_from)
         for name in SHAPE:
             if getattr(args, name) not in (None, has := getattr(source.config, name)):
                 raise UserError(f"--{name} {getattr(args, name)}: {args.init_from} has {has}, leave the flag out")
@@ -735,6 +758,16 @@ def main():
     if tokenizer is None and args.sample_every:
         print0("warning: GPT-2's merges can't be downloaded: no samples will be printed")
         args.sample_every = 0
+
+    # HellaSwag's items: rank 0 fetches them, once for all.
+    items = [None]
+    if args.hellaswag_every and RANK == 0:
+        try:
+            items = [hellaswag.load_items(hellaswag.download("val"), tokenizer)]
+        except (UserError, OSError) as e:
+            print(f"warning: {e}; training goes on without HellaSwag", flush=True)
+    if args.hellaswag_every and WORLD_SIZE > 1:
+        dist.broadcast_object_list(items, device=device)
 
     # Resume: load, and begin at step k.
     settings = asdict(args) | {"tokenizer": getattr(tokenizer, "name", None)}
@@ -811,8 +844,14 @@ def main():
             print0(f"step {step:5d} | " + " | ".join(f"{name} {value:.4f}" for name, value in figures.items()))
             if args.max_steps > 0:
                 log(log_dir, step, **figures)
+        if items[0] and due(args.hellaswag_every):
+            guesses = hellaswag.evaluate(model, items[0], device, autocast)
+            _, acc_norm = hellaswag.accuracy(guesses, items[0], device)
+            print0(f"step {step:5d} | hella {acc_norm:.4f}")
+            if args.max_steps > 0:
+                log(log_dir, step, hella=acc_norm)
         if due(args.sample_every) and (step > 0 or last):
-            print_samples(model, tokenizer, device, autocast)
+            print_samples(model, tokenizer, args, device, autocast)
         if due(args.checkpoint_every) and step > start_step:
             save(step, f"model_{step:05d}.pt", val_loss=val_loss)
             save_latest(step)
@@ -887,4 +926,5 @@ def run(main):
 
 
 if __name__ == "__main__":
+    sys.modules["train_gpt2"] = sys.modules["__main__"]  # so that what hellaswag.py imports is this, not a copy
     run(main)
