@@ -796,6 +796,7 @@ def main():
         failed, commit = subprocess.getstatusoutput(f'git -C "{here}" describe --always --dirty --exclude "*"')
         record = {
             "command": sys.argv, "args": settings, "config": asdict(config), "world_size": WORLD_SIZE, "device": name,
+            "tokens_per_epoch": train_loader.rows_per_epoch * args.T, "shards": len(train_loader.rows),
             "started": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "commit": None if failed else commit,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         }  # fmt: skip

@@ -125,10 +125,10 @@ def test_stopped_at_random_moments_it_goes_on_to_the_same_bytes(corpus, whole, t
     flags = command("--input", corpus[0] / "*", "--out", out, "--shard_size", SIZE, "--workers", 2)
     for _ in range(3):
         with subprocess.Popen(flags, env=environment(), stderr=subprocess.PIPE, start_new_session=True) as process:
-            count = len(written) + rng.randint(1, 8)
+            count = len(written) + rng.randint(1, 4)
             while process.poll() is None and (not out.exists() or len(list(out.glob("*.npy"))) < count):
                 time.sleep(0.01)
-            time.sleep(rng.random() / 5)
+            time.sleep(rng.random() / 10)
             process.send_signal(how) if how == signal.SIGKILL else os.killpg(process.pid, how)  # a terminal tells all
             assert b"Traceback" not in process.stderr.read()
         assert process.returncode == (-9 if how == signal.SIGKILL else 130)
