@@ -18,6 +18,7 @@ Notable choices:
 
 import argparse
 import contextlib
+import ctypes
 import difflib
 import json
 import math
@@ -128,6 +129,38 @@ class Block(nn.Module):
         return x
 
 
+class HeadLoss(torch.autograd.Function):
+    """
+    Mean cross entropy (nats) of the head's predictions, and its gradients with it. The logits of all tokens would be the
+    largest tensor of training by far, and are only a way to a number: a chunk of them is made, read, and forgotten.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, with_grad):
+        """x: float (N, n_embd), weight: float32 (vocab_size, n_embd), targets: int64 (N,). Returns a float32 scalar."""
+        chunk = 512 if x.device.type == "cpu" else 8192  # tokens: near a cache, or enough for every core of a GPU
+        loss = torch.zeros((), device=x.device)
+        dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_grad else (x, None)
+        for x_chunk, target, dx_chunk in zip(x.split(chunk), targets[:, None].split(chunk), dx.split(chunk)):
+            logits = F.linear(x_chunk, weight)
+            p = logits.float()  # bfloat16 has 3 digits, too few for a loss
+            log_sum = p.logsumexp(dim=1, keepdim=True)
+            loss += (log_sum - p.gather(1, target)).sum()
+            if with_grad:  # softmax minus one-hot
+                p.sub_(log_sum).exp_().scatter_add_(1, target, torch.full_like(log_sum, -1))
+                p = p.to(logits.dtype)
+                dx_chunk.copy_(p @ weight)
+                dw += p.t() @ x_chunk
+        ctx.save_for_backward(dx, dw)
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        grad = grad / len(dx)
+        return dx * grad, dw * grad, None, None
+
+
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019). Parameters are named as in Hugging Face's GPT2LMHeadModel."""
 
@@ -169,13 +202,18 @@ class GPT(nn.Module):
             x = block(x, mask)
         return self.transformer.ln_f(x)
 
+    def loss(self, x, targets):
+        """Mean cross entropy in nats. x: what `hidden` returned; targets: int64 (B, T)."""
+        return HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled())
+
     def forward(self, idx, targets=None):
-        """idx, targets: int64 (B, T). Returns logits (B, T, vocab_size) and the mean cross entropy in nats, or None."""
-        logits = self.lm_head(self.hidden(idx))
-        if targets is None:
-            return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())  # float: bf16 has 3 digits
-        return logits, loss
+        """
+        idx, targets: int64 (B, T). Returns logits (B, T, vocab_size), and the loss if there are targets, else None.
+        While it trains, with targets, the logits are None too.
+        """
+        x = self.hidden(idx)
+        logits = None if self.training and targets is not None else self.lm_head(x)
+        return logits, None if targets is None else self.loss(x, targets)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, top_k=50, generator=None, temperature=1.0):
@@ -205,7 +243,10 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_dir):
-        """Released weights ("gpt2", ... "gpt2-xl") or a directory that Hugging Face's save_pretrained wrote."""
+        """
+        Released weights ("gpt2", ... "gpt2-xl") or a directory that Hugging Face's save_pretrained wrote; in evaluation
+        mode, as theirs.
+        """
         from transformers import GPT2LMHeadModel
 
         hf, info = GPT2LMHeadModel.from_pretrained(name_or_dir, output_loading_info=True)
@@ -214,7 +255,7 @@ class GPT(nn.Module):
             raise UserError(f"{name_or_dir} is not a GPT-2 language model: give a released name or its directory")
         model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
         model.load_state_dict(transpose_conv1d(hf.float().state_dict()))
-        return model
+        return model.eval()
 
     def save_pretrained(self, directory):
         """Write Hugging Face format: config.json, safetensors and tokenizer; padding rows of the vocabulary cut off."""
@@ -245,11 +286,11 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path):
-        """The model in a .pt file that training wrote. UserError when the file is damaged or something else."""
+        """The model in a .pt file that training wrote, in evaluation mode. UserError when the file is damaged or something else."""
         checkpoint = load_checkpoint(path)
         model = cls(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
-        return model
+        return model.eval()
 
 
 def load_model(source):
@@ -687,7 +728,7 @@ def evaluate(model, loader, rows, device, autocast):
     for first in range(RANK * loader.B, rows, WORLD_SIZE * loader.B):
         x, y = (t[: rows - first].to(device) for t in loader.next_batch())
         with autocast:
-            _, loss = model(x, y)
+            loss = model.loss(model.hidden(x), y)
         total += loss * len(x)
     if WORLD_SIZE > 1:
         dist.all_reduce(total)
@@ -713,10 +754,22 @@ def print_samples(model, tokenizer, args, device, autocast):
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
+def keep_freed_memory():
+    """
+    Let glibc keep what is freed. It would give each large tensor back to the system, and the next one would be mapped and
+    cleared page by page: a third of a step's time on a CPU. Does nothing on other systems.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes that may lie free
+
+
 def main():
     import hellaswag  # here, because it imports from this file
 
     args = parse_args()
+    keep_freed_memory()
     log_dir = Path(args.log_dir)
 
     # Processes and device. NCCL carries tensors between GPUs, gloo between CPUs.
