@@ -232,14 +232,23 @@ class GPT(nn.Module):
         self.train(was_training)
         return idx
 
-    def configure_optimizer(self, lr, weight_decay):
-        """AdamW as in GPT-3 (paper, appendix B); only matrices and embeddings decay, not biases and norms."""
+    def configure_optimizers(self, lr, weight_decay, muon=False):
+        """
+        AdamW as in GPT-3 (paper, appendix B); only matrices and embeddings decay, not biases and norms. muon: the blocks'
+        matrices go to Muon (Jordan et al. 2024; Liu et al. 2025, whose scale lets it share AdamW's learning rate).
+        """
         decay = [p for p in self.parameters() if p.dim() >= 2]
         rest = [p for p in self.parameters() if p.dim() < 2]
         for group, what in (decay, "decayed"), (rest, "not decayed"):
             print0(f"{what}: {len(group)} tensors, {sum(p.numel() for p in group):,} parameters")
+        if muon:
+            decay = [self.transformer.wte.weight, self.transformer.wpe.weight]
         groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
+        if muon:
+            hidden = [p for p in self.transformer.h.parameters() if p.dim() >= 2]
+            optimizers.append(torch.optim.Muon(hidden, lr, weight_decay, adjust_lr_fn="match_rms_adamw"))
+        return optimizers
 
     @classmethod
     def from_pretrained(cls, name_or_dir):
@@ -547,6 +556,7 @@ class Args:
     warmup_steps: int = flag("steps of rising learning rate (preset)")
     max_lr: float = flag("learning rate after warmup (preset)")
     min_lr: float = flag("learning rate at the end (max_lr / 10)")
+    optimizer: str = flag("muon: for the blocks' matrices, AdamW for the rest", "adamw", choices=("adamw", "muon"))
     weight_decay: float = flag("on matrices and embeddings", 0.1)
     grad_clip: float = flag("largest global norm of the gradient, 0 = any", 1.0)
     seed: int = flag("of the weights, the order of the data, dropout", 42)
@@ -797,7 +807,7 @@ def main():
     if args.T > config.block_size:
         raise UserError(f"--T {args.T} is longer than the model's context: at most {config.block_size}")
     model.to(device)
-    optimizer = model.configure_optimizer(args.max_lr, args.weight_decay)
+    optimizers = model.configure_optimizers(args.max_lr, args.weight_decay, args.optimizer == "muon")
 
     # Data: what a step reads depends on its number alone.
     data = load_text(args.data) if Path(args.data).is_file() else find_shards(args.data, args.val_tokens)
@@ -830,14 +840,17 @@ def main():
         other = [f"{k} {v}" for k, v in latest["config"].items() if k != "dropout" and v != getattr(config, k)]
         if other:
             raise UserError(f"--resume: {log_dir}/latest.pt is of a model with {', '.join(other)}: repeat its flags")
-        if "optimizer" not in latest:
+        if "optimizers" not in latest:
             raise UserError(f"--resume: {log_dir}/latest.pt holds weights only: --init_from begins with them")
         start_step = latest["step"]
         if start_step > args.max_steps:
             raise UserError(f"--resume: {log_dir} is at step {start_step}: raise --max_steps {args.max_steps}")
         model.load_state_dict(latest["model"])
-        groups = optimizer.state_dict()["param_groups"]  # moments from the file, hyperparameters from the flags
-        optimizer.load_state_dict(latest["optimizer"] | {"param_groups": groups})
+        if (was := latest["args"]["optimizer"]) != args.optimizer:
+            raise UserError(f"--resume: {log_dir} was trained with {was}: give --optimizer {was}")
+        for optimizer, state in zip(optimizers, latest["optimizers"]):
+            groups = optimizer.state_dict()["param_groups"]  # moments from the file, hyperparameters from the flags
+            optimizer.load_state_dict(state | {"param_groups": groups})
         for name, was in latest["args"].items():
             if settings[name] != was and name not in ("resume", "B"):
                 print0(f"--resume: {name} was {was}, is {settings[name]}")
@@ -866,7 +879,7 @@ def main():
                 torch.save({"model": model.state_dict(), "config": asdict(config), "step": step, **more}, f)
 
     def save_latest(step):
-        save(step, "latest.pt", optimizer=optimizer.state_dict(), args=settings)
+        save(step, "latest.pt", optimizers=[o.state_dict() for o in optimizers], args=settings)
 
     signals = []  # Ctrl-C and SIGTERM finish the step, save and end
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -937,10 +950,11 @@ def main():
             dist.all_reduce(figures)  # the mean loss; and the wish to stop of any rank, so that all stop at one step
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         lr = get_lr(step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
         if device.type != "cpu":
             torch.accelerator.synchronize()  # the GPU works behind our back; the clock must not
         dt = time.time() - t0

@@ -81,7 +81,7 @@ def test_sizes_of_the_released_models(name, parameters):
 
 def test_decayed_parameters_are_those_of_the_lecture(capsys):
     with torch.device("meta"):
-        optimizer = GPT(GPTConfig(vocab_size=50304)).configure_optimizer(6e-4, 0.1)
+        [optimizer] = GPT(GPTConfig(vocab_size=50304)).configure_optimizers(6e-4, 0.1)
     decayed, rest = optimizer.param_groups
     assert (len(decayed["params"]), sum(p.numel() for p in decayed["params"])) == (50, 124_354_560)
     assert (len(rest["params"]), sum(p.numel() for p in rest["params"])) == (98, 121_344)
@@ -137,7 +137,7 @@ def test_overfits_one_batch():
     model = GPT(GPTConfig(vocab_size=50304))
     run = torch.randint(50257, (4 * 32 + 1,))
     x, y = run[:-1].view(4, 32), run[1:].view(4, 32)
-    optimizer = model.configure_optimizer(3e-4, 0.1)
+    [optimizer] = model.configure_optimizers(3e-4, 0.1)
     for _ in range(50):
         optimizer.zero_grad()
         _, loss = model(x, y)

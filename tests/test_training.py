@@ -232,3 +232,20 @@ def test_training_on_text_learns(tmp_path):
     losses = read_log(tmp_path / "log")
     assert abs(losses[0] - math.log(50304)) < 0.2 and losses[24] < losses[0] - 2
     assert "sample 4:" in done.stdout
+
+
+def test_muon_learns_on_any_number_of_ranks_compiled_and_resumed(shards, tmp_path):
+    flags = ["--data", shards, *RUN, "--optimizer", "muon", "--checkpoint_every", 10, "--log_dir"]
+    succeed(*flags, tmp_path / "one")
+    succeed(*flags, tmp_path / "two", "--compile", ranks=2)
+    one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
+    assert close(one, two, 1e-3) and one[19] < one[0] - 1  # Newton-Schulz is computed in bfloat16
+    adamw, muon = load(tmp_path / "one" / "latest.pt")["optimizers"]
+    assert (len(adamw["state"]), len(muon["state"])) == (20, 8)  # 2 embeddings and 18 vectors; 2 blocks of 4 matrices
+    process = start(*flags, tmp_path / "killed", until="step    12 | loss")
+    process.kill()
+    process.wait()
+    succeed(*flags, tmp_path / "killed", "--resume")
+    assert read_log(tmp_path / "killed") == one
+    done = train("--data", shards, *RUN, "--checkpoint_every", 10, "--log_dir", tmp_path / "one", "--resume")
+    assert done.returncode == 2 and "--optimizer muon" in done.stderr

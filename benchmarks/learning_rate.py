@@ -1,0 +1,98 @@
+"""
+What a step teaches: short trainings of the tiny preset with AdamW and Muon at several learning rates, three seeds each.
+
+    python benchmarks/learning_rate.py                         # Python's standard library as text, a quarter of an hour on 2 cores
+    python benchmarks/learning_rate.py --data input.txt --steps 100 --seeds 1
+
+Prints the validation loss at the end, mean and standard deviation over seeds, and after what share of the steps each
+setting passed the final loss of AdamW at the lecture's rate and at its best one. Trainings run side by side, one a core.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import os
+import subprocess
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+LECTURE = 6e-4
+
+
+def standard_library(path):
+    """The modules of this Python's standard library in one text file, <|endoftext|> between them, in an order of their own."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    order = np.random.default_rng(0).permutation(len(files))
+    path.write_text("<|endoftext|>".join(files[i].read_text(encoding="utf-8") for i in order), encoding="utf-8")
+
+
+def train(optimizer, lr, seed, args, data, directory):
+    """One training in a process of one thread; returns its validation losses, one every args.steps // 50 steps."""
+    log_dir = Path(directory, f"{optimizer}-{lr}-{seed}")
+    flags = {"data": data, "model": "tiny", "optimizer": optimizer, "max_lr": lr, "seed": seed, "max_steps": args.steps,
+             "warmup_steps": args.steps // 10, "val_every": max(args.steps // 50, 1), "val_tokens": 8192, "sample_every": 0,
+             "checkpoint_every": 0, "dtype": args.dtype, "device": args.device, "log_dir": log_dir}  # fmt: skip
+    script = Path(sys.path[0], "train_gpt2.py")
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    subprocess.run([sys.executable, script, *words], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    lines = (line.split() for line in (log_dir / "log.txt").read_text().splitlines())
+    return [float(value) for _, stream, value in lines if stream == "val"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="text file or directory of shards (Python's standard library)")
+    parser.add_argument("--lrs", type=float, nargs="+", default=[LECTURE, 3 * LECTURE, 9 * LECTURE, 27 * LECTURE])
+    parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=250, help="(%(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help="(%(default)s)")
+    parser.add_argument("--device", default="cpu", help="(%(default)s)")
+    parser.add_argument("--out", default="learning_rate.png", help="the chart (%(default)s)")
+    args = parser.parse_args()
+    settings = [(optimizer, lr) for optimizer in ("adamw", "muon") for lr in args.lrs]
+    jobs = [(*setting, seed) for seed in range(args.seeds) for setting in settings]
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(os.cpu_count()) as pool:
+        data = Path(args.data or Path(directory, "stdlib.txt")).resolve()
+        if not args.data:
+            standard_library(data)
+        runs = [*tqdm(pool.map(lambda job: train(*job, args, data, directory), jobs), total=len(jobs))]
+    every = max(args.steps // 50, 1)
+    steps = np.minimum(np.arange(len(runs[0])) * every, args.steps)
+    losses = {s: np.array([run for job, run in zip(jobs, runs) if job[:2] == s]) for s in settings}  # (seeds, validations)
+    final = {s: curves[:, -1].mean() for s, curves in losses.items()}
+    best = min((s for s in settings if s[0] == "adamw"), key=final.get)
+    marks = {"lecture": final["adamw", args.lrs[0]], "best": final[best]}
+
+    print(f"{'optimizer':9} {'max_lr':>8} {'final loss':>10} {'std':>6}   steps to AdamW's final loss: at {args.lrs[0]:g}, at {best[1]:g}")
+    for setting, curves in losses.items():
+        mean, shares = curves.mean(axis=0), []
+        for mark in marks.values():
+            passed = np.flatnonzero(mean <= mark)
+            shares.append(f"{steps[passed[0]] / args.steps:6.0%}" if len(passed) else f"{'never':>6}")
+        print(f"{setting[0]:9} {setting[1]:8.2g} {mean[-1]:10.4f} {curves[:, -1].std():6.4f}   {'  '.join(shares)}")
+
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    shades = plt.cm.Blues(np.linspace(0.4, 0.95, len(args.lrs))), plt.cm.Oranges(np.linspace(0.4, 0.95, len(args.lrs)))
+    for (name, lr), color in zip(settings, np.concatenate(shades)):
+        curves = losses[name, lr]
+        ax.plot(steps, curves.mean(axis=0), color=color, label=f"{name} {lr:.2g}: {curves[:, -1].mean():.3f}")
+        ax.fill_between(steps, curves.min(axis=0), curves.max(axis=0), color=color, alpha=0.15, lw=0)
+    top = np.median([curves.mean(axis=0)[len(steps) // 5] for curves in losses.values()])
+    ax.set(xlabel="steps", ylabel="validation loss (nats a token)", ylim=(min(final.values()) - 0.1, top + 0.5))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, ncols=2, title="optimizer, max_lr: final loss")
+    fig.savefig(args.out, dpi=110)
+    print(f"chart in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""
+The lecture's ladder, 1000 to 90 ms a step on an A100, on your own machine, and the steps of this project beyond it.
+
+    python benchmarks/speed_ladder.py                          # GPT-2 124M; B=4 on a CPU, 64 on a GPU; T=1024
+    python benchmarks/speed_ladder.py --n_layer 2 --T 256      # in a minute
+
+Each rung keeps what the one below it brought. A rung is a process of its own, started once a round, so that each has
+its own memory and the machine's moods are shared; its figure is the median over rounds of all steps but the first of
+each. A step is forward, backward, clipping and the optimizer's step on the same B x T random tokens.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import json
+import math
+import resource
+import statistics
+import subprocess
+import time
+
+import torch
+import torch.nn.functional as F
+
+import train_gpt2
+from train_gpt2 import GPT, PEAK_FLOPS, GPTConfig, keep_freed_memory
+
+# Name, what it adds, and the lecture's ms on one A100 (B=16, T=1024).
+RUNGS = [
+    ("float32", {}, 1000),
+    ("TF32", {"tf32": True}, 333),
+    ("bfloat16 autocast", {"bfloat16": True}, 300),
+    ("torch.compile", {"compile": True}, 130),
+    ("flash attention", {"flash": True}, 96),
+    ("vocabulary 50,304", {"vocab_size": 50304}, 93),
+    ("fused AdamW", {"fused": True}, 90),
+    ("head and loss in chunks", {"chunks": True}, None),
+    ("freed memory kept", {"keep": True}, None),
+    ("the same without compile", {"compile": False}, None),
+    ("bfloat16, no more", {"bfloat16": True}, None),  # the plain eager way, to compare the last two with
+]
+
+
+def rungs(device):
+    """[(name, options, lecture's ms)], options accumulated, without the rungs that this device has not."""
+    ladder, options = [], {"vocab_size": 50257}
+    for name, more, lecture in RUNGS:
+        if not ("tf32" in more and device != "cuda" or "keep" in more and device != "cpu"):
+            options = options | more if "no more" not in name else {"vocab_size": 50257, "tf32": True} | more
+            ladder.append((name, options, lecture))
+    return ladder
+
+
+def four_line_attention(q, k, v, mask=None, dropout=0.0, is_causal=True):
+    att = q @ k.transpose(-2, -1) / math.sqrt(k.size(-1))
+    att = att.masked_fill(~torch.ones(att.shape[-2:], dtype=torch.bool, device=q.device).tril(), -math.inf)
+    return att.softmax(dim=-1) @ v
+
+
+def plain_loss(self, x, targets):
+    return F.cross_entropy(self.lm_head(x).flatten(0, 1).float(), targets.flatten())
+
+
+def measure(args, vocab_size, tf32=False, bfloat16=False, compile=False, flash=False, fused=False, chunks=False, keep=False):
+    """One rung, in this process: {"ms": of each step, "loss": before the first one, "MB": peak memory}."""
+    if keep:
+        keep_freed_memory()
+    if not flash:
+        F.scaled_dot_product_attention = four_line_attention
+    if not chunks:
+        GPT.loss = plain_loss
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.manual_seed(42)
+    drawn = GPT(GPTConfig(args.T, 50304, args.n_layer, args.n_head, args.n_embd)).state_dict()
+    model = GPT(GPTConfig(args.T, vocab_size, args.n_layer, args.n_head, args.n_embd))
+    model.load_state_dict({name: w[:vocab_size] if "wte" in name or "lm_head" in name else w for name, w in drawn.items()})
+    del drawn
+    model.to(args.device)
+    how = {"fused": True} if fused else {"foreach": False}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, **how)
+    train_model = torch.compile(model) if compile else model
+    tokens = torch.randint(50257, (args.B, args.T + 1), device=args.device)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    ms, losses = [], []
+    for _ in range(args.steps + 1):
+        start = time.perf_counter()
+        with torch.autocast(args.device, torch.bfloat16, enabled=bfloat16):
+            _, loss = train_model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())  # waits for the GPU
+        ms.append((time.perf_counter() - start) * 1000)
+    cuda = args.device == "cuda"
+    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return {"ms": ms[1:], "loss": losses[0], "MB": peak}
+
+
+def measure_matmul(args):
+    """ms of a step's matrix products alone, in bfloat16: each weight's in forward, and the two in backward."""
+    keep_freed_memory()
+    C, N, total = args.n_embd, args.B * args.T, 0
+    for count, n, k in (args.n_layer, 3 * C, C), (args.n_layer, C, C), (args.n_layer, 4 * C, C), (args.n_layer, C, 4 * C), (1, 50304, C):
+        w, x = (torch.randn(shape, device=args.device).bfloat16() for shape in ((n, k), (N, k)))
+        y, times = F.linear(x, w), []
+        for _ in range(args.steps + 1):
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            F.linear(x, w), y @ w, y.t() @ x
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        total += count * statistics.median(times[1:]) * 1000
+    return {"ms": [total]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for name, default in ("n_layer", 12), ("n_head", 12), ("n_embd", 768), ("T", 1024):
+        parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
+    parser.add_argument("--B", type=int, help="rows of a step (4 on a CPU, 64 on a GPU)")
+    parser.add_argument("--steps", type=int, default=3, help="measured in each round (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--out", default="speed_ladder.png", help="the chart (%(default)s)")
+    parser.add_argument("--rung", help=argparse.SUPPRESS)  # what a process is told to measure
+    args = parser.parse_args()
+    args.B = args.B or (64 if args.device == "cuda" else 4)
+    ladder = rungs(args.device)
+    if args.rung:
+        print(json.dumps(measure_matmul(args) if args.rung == "matmul" else measure(args, **ladder[int(args.rung)][1])))
+        return
+
+    results = [[] for _ in range(len(ladder) + 1)]
+    for number in range(args.rounds):
+        for i, rung in enumerate([*range(len(ladder)), "matmul"]):
+            done = subprocess.run(
+                [sys.executable, *sys.argv, "--rung", str(rung)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            if done.returncode:
+                sys.exit(f"{rung}: {done.stderr}")
+            results[i].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {number + 1} of {args.rounds}: {ladder[i][0] if i < len(ladder) else rung}", file=sys.stderr)
+    medians = [statistics.median(ms for result in rung for ms in result["ms"]) for rung in results]
+    *medians, matmul = medians
+    n_params = sum(p.numel() for p in GPT(GPTConfig(args.T, 50304, args.n_layer, args.n_head, args.n_embd)).parameters())
+    flops = (6 * (n_params - args.T * args.n_embd) + 12 * args.n_layer * args.n_embd * args.T) * args.B * args.T
+    kind = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    peak = next((v for k, v in PEAK_FLOPS.items() if k in kind), None)
+    print(f"GPT-2 with {n_params:,} parameters, B={args.B}, T={args.T}, {kind}, torch {torch.__version__}")
+    print(f"the bfloat16 matrix products of a step alone: {matmul:.0f} ms")
+    print(f"{'':26} {'ms':>7} {'tokens/s':>9} {'gain':>6} {'in all':>6} {'matmul':>7} {'MFU':>6} {'MB':>6} {'loss':>8} {'A100':>6}")
+    for i, ((name, _, lecture), ms) in enumerate(zip(ladder, medians)):
+        gain = f"{medians[i - 1] / ms:6.2f}" if i and "no more" not in name else f"{'':6}"
+        mfu = f"{flops / ms * 1000 / peak:6.1%}" if peak else f"{'':6}"
+        print(
+            f"{name:26} {ms:7.0f} {args.B * args.T / ms * 1000:9,.0f} {gain} {medians[0] / ms:6.2f} {matmul / ms:7.0%} {mfu} "
+            f"{max(r['MB'] for r in results[i]):6.0f} {results[i][0]['loss']:8.4f} {lecture or '':>6}"
+        )
+
+    import matplotlib.pyplot as plt
+
+    names = [name for name, _, _ in ladder]
+    fig, ax = plt.subplots(figsize=(8, 0.42 * len(names) + 1), layout="constrained")
+    ax.barh(names, medians, color="#3465a4")
+    for i, ms in enumerate(medians):
+        ax.text(ms, i, f" {ms:,.0f}", va="center")
+    ax.axvline(matmul, color="#c03030", ls="--", lw=1)
+    ax.text(matmul, len(names) - 0.4, "matrix products alone ", color="#c03030", ha="left", size=8)
+    ax.invert_yaxis()
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set(xlabel="ms a step", xlim=(0, 1.12 * max(medians)), title=f"{n_params / 1e6:.0f}M parameters, {args.B} x {args.T} tokens, {kind}")
+    fig.savefig(args.out, dpi=110)
+    print(f"chart in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
