@@ -2,7 +2,7 @@
 The lecture's ladder, 1000 to 90 ms a step on an A100, on your own machine, and the steps of this project beyond it.
 
     python benchmarks/speed_ladder.py                          # GPT-2 124M; B=4 on a CPU, 64 on a GPU; T=1024
-    python benchmarks/speed_ladder.py --n_layer 2 --T 256      # in a minute
+    python benchmarks/speed_ladder.py --n_layer 2 --T 256      # in a few minutes
 
 Each rung keeps what the one below it brought. A rung is a process of its own, started once a round, so that each has
 its own memory and the machine's moods are shared; its figure is the median over rounds of all steps but the first of
@@ -25,10 +25,9 @@ import time
 import torch
 import torch.nn.functional as F
 
-import train_gpt2
 from train_gpt2 import GPT, PEAK_FLOPS, GPTConfig, keep_freed_memory
 
-# Name, what it adds, and the lecture's ms on one A100 (B=16, T=1024).
+# Name, what it adds to the one above, and the lecture's ms on one A100 (B=16, T=1024).
 RUNGS = [
     ("float32", {}, 1000),
     ("TF32", {"tf32": True}, 333),
@@ -39,18 +38,20 @@ RUNGS = [
     ("fused AdamW", {"fused": True}, 90),
     ("head and loss in chunks", {"chunks": True}, None),
     ("freed memory kept", {"keep": True}, None),
-    ("the same without compile", {"compile": False}, None),
-    ("bfloat16, no more", {"bfloat16": True}, None),  # the plain eager way, to compare the last two with
+    ("all but compile", {"compile": False}, None),
 ]
+# What the last two are compared with: full float32 logits, AdamW a parameter at a time, nothing compiled.
+PLAIN = "plain eager"
 
 
 def rungs(device):
-    """[(name, options, lecture's ms)], options accumulated, without the rungs that this device has not."""
-    ladder, options = [], {"vocab_size": 50257}
+    """{name: (options, lecture's ms)}, options accumulated, without the rungs that this device has not."""
+    ladder, options = {}, {"vocab_size": 50257}
     for name, more, lecture in RUNGS:
         if not ("tf32" in more and device != "cuda" or "keep" in more and device != "cpu"):
-            options = options | more if "no more" not in name else {"vocab_size": 50257, "tf32": True} | more
-            ladder.append((name, options, lecture))
+            options = options | more
+            ladder[name] = options, lecture
+    ladder[PLAIN] = {"vocab_size": 50304, "tf32": device == "cuda", "bfloat16": True, "flash": True}, None
     return ladder
 
 
@@ -82,7 +83,8 @@ def measure(args, vocab_size, tf32=False, bfloat16=False, compile=False, flash=F
     how = {"fused": True} if fused else {"foreach": False}
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, **how)
     train_model = torch.compile(model) if compile else model
-    tokens = torch.randint(50257, (args.B, args.T + 1), device=args.device)
+    torch.manual_seed(0)
+    tokens = torch.randint(50257, (args.B, args.T + 1)).to(args.device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     ms, losses = [], []
     for _ in range(args.steps + 1):
@@ -133,48 +135,50 @@ def main():
     args.B = args.B or (64 if args.device == "cuda" else 4)
     ladder = rungs(args.device)
     if args.rung:
-        print(json.dumps(measure_matmul(args) if args.rung == "matmul" else measure(args, **ladder[int(args.rung)][1])))
+        print(json.dumps(measure_matmul(args) if args.rung == "matmul" else measure(args, **ladder[args.rung][0])))
         return
 
-    results = [[] for _ in range(len(ladder) + 1)]
+    results = {rung: [] for rung in (*ladder, "matmul")}
     for number in range(args.rounds):
-        for i, rung in enumerate([*range(len(ladder)), "matmul"]):
-            done = subprocess.run(
-                [sys.executable, *sys.argv, "--rung", str(rung)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
+        for rung in results:
+            done = subprocess.run([sys.executable, *sys.argv, "--rung", rung], capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{rung}: {done.stderr}")
-            results[i].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"round {number + 1} of {args.rounds}: {ladder[i][0] if i < len(ladder) else rung}", file=sys.stderr)
-    medians = [statistics.median(ms for result in rung for ms in result["ms"]) for rung in results]
-    *medians, matmul = medians
+            results[rung].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {number + 1} of {args.rounds}: {rung}", file=sys.stderr)
+    medians = {rung: statistics.median(ms for result in rounds for ms in result["ms"]) for rung, rounds in results.items()}
+    matmul = medians.pop("matmul")
     n_params = sum(p.numel() for p in GPT(GPTConfig(args.T, 50304, args.n_layer, args.n_head, args.n_embd)).parameters())
     flops = (6 * (n_params - args.T * args.n_embd) + 12 * args.n_layer * args.n_embd * args.T) * args.B * args.T
     kind = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     peak = next((v for k, v in PEAK_FLOPS.items() if k in kind), None)
     print(f"GPT-2 with {n_params:,} parameters, B={args.B}, T={args.T}, {kind}, torch {torch.__version__}")
-    print(f"the bfloat16 matrix products of a step alone: {matmul:.0f} ms")
-    print(f"{'':26} {'ms':>7} {'tokens/s':>9} {'gain':>6} {'in all':>6} {'matmul':>7} {'MFU':>6} {'MB':>6} {'loss':>8} {'A100':>6}")
-    for i, ((name, _, lecture), ms) in enumerate(zip(ladder, medians)):
-        gain = f"{medians[i - 1] / ms:6.2f}" if i and "no more" not in name else f"{'':6}"
-        mfu = f"{flops / ms * 1000 / peak:6.1%}" if peak else f"{'':6}"
+    print(f"The bfloat16 matrix products of a step alone: {matmul:.0f} ms; `matmul` is this over the rung's ms.")
+    print(f"{'':24} {'ms':>7} {'tokens/s':>9} {'gain':>6} {'in all':>6} {'matmul':>7} {'MFU':>6} {'MB':>6} {'loss':>8} {'A100':>6}")
+    before = first = medians["float32"]
+    for rung, ms in medians.items():
+        gain = "" if rung == PLAIN else f"{before / ms:.2f}"
+        mfu = f"{flops / ms * 1000 / peak:.1%}" if peak else ""
+        memory, loss = max(result["MB"] for result in results[rung]), results[rung][0]["loss"]
         print(
-            f"{name:26} {ms:7.0f} {args.B * args.T / ms * 1000:9,.0f} {gain} {medians[0] / ms:6.2f} {matmul / ms:7.0%} {mfu} "
-            f"{max(r['MB'] for r in results[i]):6.0f} {results[i][0]['loss']:8.4f} {lecture or '':>6}"
+            f"{rung:24} {ms:7.0f} {args.B * args.T / ms * 1000:9,.0f} {gain:>6} {first / ms:6.2f} {matmul / ms:7.0%} {mfu:>6} "
+            f"{memory:6.0f} {loss:8.4f} {ladder[rung][1] or '':>6}"
         )
+        before = ms
 
     import matplotlib.pyplot as plt
 
-    names = [name for name, _, _ in ladder]
-    fig, ax = plt.subplots(figsize=(8, 0.42 * len(names) + 1), layout="constrained")
-    ax.barh(names, medians, color="#3465a4")
-    for i, ms in enumerate(medians):
+    fig, ax = plt.subplots(figsize=(8, 0.4 * len(medians) + 1), layout="constrained")
+    ax.barh(medians.keys(), medians.values(), color=["#3465a4" if rung != PLAIN else "#999999" for rung in medians])
+    for i, ms in enumerate(medians.values()):
         ax.text(ms, i, f" {ms:,.0f}", va="center")
     ax.axvline(matmul, color="#c03030", ls="--", lw=1)
-    ax.text(matmul, len(names) - 0.4, "matrix products alone ", color="#c03030", ha="left", size=8)
+    ax.text(matmul, -0.55, " matrix products alone", color="#c03030", size=8, va="bottom")
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
-    ax.set(xlabel="ms a step", xlim=(0, 1.12 * max(medians)), title=f"{n_params / 1e6:.0f}M parameters, {args.B} x {args.T} tokens, {kind}")
+    title = f"{n_params / 1e6:.0f}M parameters, {args.B} x {args.T} tokens, {kind}"
+    ax.set(xlabel="ms a step", xlim=(0, 1.12 * max(medians.values())))
+    ax.set_title(title, pad=18)
     fig.savefig(args.out, dpi=110)
     print(f"chart in {args.out}")
 
