@@ -144,11 +144,12 @@ class HeadLoss(torch.autograd.Function):
         for x_chunk, target, dx_chunk in zip(x.split(chunk), targets[:, None].split(chunk), dx.split(chunk)):
             logits = F.linear(x_chunk, weight)
             p = logits.float()  # bfloat16 has 3 digits, too few for a loss
-            log_sum = p.logsumexp(dim=1, keepdim=True)
-            loss += (log_sum - p.gather(1, target)).sum()
+            p -= p.amax(dim=1, keepdim=True)
+            at_target = p.gather(1, target)
+            total = p.exp_().sum(dim=1, keepdim=True)
+            loss += (total.log() - at_target).sum()
             if with_grad:  # softmax minus one-hot
-                p.sub_(log_sum).exp_().scatter_add_(1, target, torch.full_like(log_sum, -1))
-                p = p.to(logits.dtype)
+                p = p.div_(total).scatter_add_(1, target, torch.full_like(total, -1)).to(logits.dtype)
                 dx_chunk.copy_(p @ weight)
                 dw += p.t() @ x_chunk
         ctx.save_for_backward(dx, dw)
@@ -158,7 +159,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
         grad = grad / len(dx)
-        return dx * grad, dw * grad, None, None
+        return dx.mul_(grad), dw.mul_(grad), None, None  # in place: memory is fullest now
 
 
 class GPT(nn.Module):
