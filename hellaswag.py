@@ -35,7 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from train_gpt2 import EOT, RANK, VOCAB_SIZE, WORLD_SIZE, Parser, UserError, complete_file, print0, run
+from train_gpt2 import RANK, WORLD_SIZE, Parser, UserError, complete_file, print0, run
 from train_gpt2 import find_shards, get_tokenizer, load_model, load_shard
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{}.jsonl"
@@ -93,7 +93,7 @@ def load_items(path, tokenizer, block_size=2**20, limit=None):
         endings = [ending[: block_size - 1] for ending in endings]
         room = block_size - max(map(len, endings))
         cut += len(context) > room
-        items.append((context[-room:] or [EOT], endings, label))
+        items.append((context[-room:] or [tokenizer.eot_token], endings, label))
     if not items:
         raise UserError(f"{path} is empty: delete it to fetch it again")
     if cut:
@@ -146,7 +146,7 @@ def evaluate(model, items, device, autocast, batch_size=None, progress=False):
         mask = sees & torch.ones(T, T, dtype=torch.bool, device=device).tril()
         with autocast:
             x = model.hidden(idx.clamp(min=0), pos.clamp(min=0), mask[:, None]).flatten(0, 1)
-            logits = model.lm_head(x[torch.tensor(where, device=device)])[:, :VOCAB_SIZE]
+            logits = model.lm_head(x[torch.tensor(where, device=device)])[:, : model.config.n_tokens]
         endings = [ending for i in batch for ending in items[i][1]]
         targets = torch.tensor(sum(endings, []), device=device)
         losses = F.cross_entropy(logits.float(), targets, reduction="none").cpu().split([*map(len, endings)])
@@ -177,7 +177,7 @@ def word_codes(tokenizer):
     """For each token a random 64-bit number of its letters and digits, in lower case: uint64 (n_vocab,); 0 without."""
     tokens = map(tokenizer.decode_single_token_bytes, range(tokenizer.n_vocab))
     words = [re.sub(rb"[^0-9a-z\x80-\xff]", b"", token.lower()) for token in tokens]
-    words[EOT] = b"<|endoftext|>"  # like no word: nothing is found across two documents
+    words[tokenizer.eot_token] = b"<|endoftext|>"  # like no word: nothing is found across two documents
     _, kind = np.unique(words, return_inverse=True)
     codes = np.random.default_rng(0).integers(1, 2**64, kind.max() + 1, dtype=np.uint64)[kind]
     codes[[word == b"" for word in words]] = 0
@@ -247,7 +247,7 @@ def main(argv=None):
     parser.add_argument("--split", choices=("train", "val"), default="val", help="of the published files (val)")
     parser.add_argument("--data", metavar="FILE", help="a .jsonl file in the published format instead")
     parser.add_argument("--limit", type=int, help="only the first items (all)")
-    parser.add_argument("--tokenizer", choices=("gpt2", "bytes"), default="gpt2", help="of the model (gpt2)")
+    parser.add_argument("--tokenizer", metavar="NAME", help="gpt2, bytes, or a tokenizer.json (the model's)")
     parser.add_argument("--contamination", metavar="DIR", help="directory of shards in which to look for the items")
     parser.add_argument("--out", default="hellaswag/contamination.json", help="what --contamination writes (%(default)s)")
     parser.add_argument("--clean", metavar="FILE", help="what --contamination wrote: judge clean and other items apart")
@@ -263,7 +263,8 @@ def main(argv=None):
     path = args.data or download(args.split)
 
     if args.contamination:
-        splits, tokenizer, _ = find_shards(args.contamination, 1)
+        splits, vocabulary, _ = find_shards(args.contamination, 1)
+        tokenizer = get_tokenizer(vocabulary["tokenizer"])
         items = load_items(path, tokenizer, limit=args.limit)
         found = contamination(items, list(splits["train"].values()), tokenizer)
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
@@ -277,7 +278,7 @@ def main(argv=None):
     dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
     autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
     model = load_model(args.model).to(device)
-    items = load_items(path, get_tokenizer(args.tokenizer), model.config.block_size, args.limit)
+    items = load_items(path, get_tokenizer(args.tokenizer or model.config.tokenizer), model.config.block_size, args.limit)
     parts = {}
     if args.clean:
         record = json.loads(Path(args.clean).read_text())

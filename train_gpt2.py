@@ -33,6 +33,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ class UserError(Exception):
 # ----------------------------------------------------------------------------------------------------------------------
 # The model. A clean residual stream that attention and MLP read from and add to, once each in every block.
 
-VOCAB_SIZE = 50257  # GPT-2's tokens: 50,000 merges + 256 bytes + <|endoftext|>; rows beyond it are padding
+VOCAB_SIZE = 50257  # GPT-2's tokens: 50,000 merges + 256 bytes + <|endoftext|>
 EOT = 50256  # <|endoftext|>, the token that begins every document
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -77,6 +78,10 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0  # on attention weights and on what joins the residual stream, never on embeddings
+    # What the tokens are. A tokenizer is "gpt2", "bytes", or the path of a Hugging Face tokenizer.json.
+    tokenizer: str = "gpt2"
+    n_tokens: int = VOCAB_SIZE  # how many there are; rows of the token embedding beyond are padding
+    eot: int = EOT
 
 
 class CausalSelfAttention(nn.Module):
@@ -226,17 +231,19 @@ class GPT(nn.Module):
         self.eval()
         for _ in range(max_new_tokens):
             last = self.hidden(idx[:, -self.config.block_size :])[:, -1]  # only the last position needs logits
-            logits = self.lm_head(last)[:, :VOCAB_SIZE].float() / temperature
+            logits = self.lm_head(last)[:, : self.config.n_tokens].float() / temperature
             logits, candidates = logits.topk(min(top_k, logits.size(-1)))
             choice = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
             idx = torch.cat((idx, candidates.gather(1, choice)), dim=1)
         self.train(was_training)
         return idx
 
-    def configure_optimizers(self, lr, weight_decay, muon=False):
+    def configure_optimizers(self, lr, weight_decay, muon=False, zero=False):
         """
         AdamW as in GPT-3 (paper, appendix B); only matrices and embeddings decay, not biases and norms. muon: the blocks'
-        matrices go to Muon (Jordan et al. 2024; Liu et al. 2025, whose scale lets it share AdamW's learning rate).
+        matrices go to Muon (Jordan et al. 2024; Liu et al. 2025, whose scale lets it share AdamW's learning rate). zero:
+        each rank keeps the state of its share of the tensors, updates these and sends them to the others (Rajbhandari et
+        al. 2020, stage 1). Returns a list of optimizers.
         """
         decay = [p for p in self.parameters() if p.dim() >= 2]
         rest = [p for p in self.parameters() if p.dim() < 2]
@@ -245,11 +252,15 @@ class GPT(nn.Module):
         if muon:
             decay = [self.transformer.wte.weight, self.transformer.wpe.weight]
         groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
+        kinds = [(torch.optim.AdamW, groups, {"betas": (0.9, 0.95), "eps": 1e-8, "fused": True})]
         if muon:
             hidden = [p for p in self.transformer.h.parameters() if p.dim() >= 2]
-            optimizers.append(torch.optim.Muon(hidden, lr, weight_decay, adjust_lr_fn="match_rms_adamw"))
-        return optimizers
+            kinds.append((torch.optim.Muon, hidden, {"weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}))
+        if zero:
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+
+            return [ZeroRedundancyOptimizer(params, kind, lr=lr, **options) for kind, params, options in kinds]
+        return [kind(params, lr=lr, **options) for kind, params, options in kinds]
 
     @classmethod
     def from_pretrained(cls, name_or_dir):
@@ -263,7 +274,10 @@ class GPT(nn.Module):
         c = hf.config
         if info["missing_keys"] or c.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
             raise UserError(f"{name_or_dir} is not a GPT-2 language model: give a released name or its directory")
-        model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
+        config = GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
+        if c.vocab_size != VOCAB_SIZE:  # another tokenizer's
+            config = replace(config, tokenizer=str(name_or_dir), n_tokens=c.vocab_size, eot=c.eos_token_id)
+        model = cls(config)
         model.load_state_dict(transpose_conv1d(hf.float().state_dict()))
         return model.eval()
 
@@ -272,8 +286,8 @@ class GPT(nn.Module):
         from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
         from transformers.convert_slow_tokenizer import TikTokenConverter
 
-        c, rows = self.config, min(self.config.vocab_size, VOCAB_SIZE)
-        eot = EOT if EOT < rows else None
+        c, rows = self.config, min(self.config.vocab_size, self.config.n_tokens)
+        eot = c.eot if c.eot < rows else None
         dropout = {"resid_pdrop": c.dropout, "attn_pdrop": c.dropout, "embd_pdrop": 0.0}
         shape = {"n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
         hf = GPT2LMHeadModel(GPT2Config(vocab_size=rows, **shape, **dropout, bos_token_id=eot, eos_token_id=eot))
@@ -284,13 +298,19 @@ class GPT(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as tmp:
             hf.save_pretrained(tmp)
-            if tokenizer := get_tokenizer():  # so that AutoTokenizer.from_pretrained(directory) has tiktoken's ids
-                bpe = TikTokenConverter(pattern=tokenizer._pat_str, extra_special_tokens=["<|endoftext|>"])
-                bpe.load_tiktoken_bpe = lambda _: tokenizer._mergeable_ranks  # it would read them from a file
-                special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-                PreTrainedTokenizerFast(tokenizer_object=bpe.converted(), **special).save_pretrained(tmp)
+            tokenizer = None
+            with contextlib.suppress(UserError):  # its file may be gone
+                tokenizer = get_tokenizer(c.tokenizer)
+            bpe = getattr(tokenizer, "bpe", None)
+            if tokenizer and tokenizer.name == "gpt2":
+                converter = TikTokenConverter(pattern=tokenizer._pat_str, extra_special_tokens=["<|endoftext|>"])
+                converter.load_tiktoken_bpe = lambda _: tokenizer._mergeable_ranks  # it would read them from a file
+                bpe = converter.converted()
+            if bpe:  # AutoTokenizer.from_pretrained(directory) has the ids of training
+                special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.decode([tokenizer.eot_token]))
+                PreTrainedTokenizerFast(tokenizer_object=bpe, **special).save_pretrained(tmp)
             else:
-                print0("warning: GPT-2's merges can't be downloaded: the model is saved without its tokenizer")
+                print0("warning: the model is saved without its tokenizer, which can't be had or exists only here")
             for path in Path(tmp).iterdir():
                 os.replace(path, directory / path.name)
 
@@ -304,14 +324,41 @@ class GPT(nn.Module):
 
 
 def load_model(source):
-    """The GPT of a .pt checkpoint, a directory that Hugging Face's save_pretrained wrote, or a released name."""
+    """
+    The GPT of a .pt checkpoint, or of several, the mean of their weights (source is a pattern then); of a directory that
+    Hugging Face's save_pretrained wrote; or of a released name.
+    """
     if source.endswith(".pt"):
-        return GPT.from_checkpoint(source)
+        first, *more = sorted(glob(source)) or [source]
+        model = GPT.from_checkpoint(first)
+        for n, path in enumerate(more, 2):
+            other = GPT.from_checkpoint(path)
+            if other.config != model.config:
+                raise UserError(f"{path} and {first} are models of different shapes: no mean of them makes sense")
+            for p, q in zip(model.parameters(), other.parameters()):
+                p.data.lerp_(q.data, 1 / n)
+        if more:
+            print0(f"mean of {len(more) + 1} checkpoints, {first} to {more[-1]}")
+        return model
     try:
         return GPT.from_pretrained(source)
     except (OSError, ValueError) as e:
         what = "no .pt file, Hugging Face directory or released name within reach"
         raise UserError(f"{source} is {what}: {str(e).splitlines()[0]}") from None
+
+
+def grow(model, n_layer, dropout):
+    """
+    A GPT of `n_layer` layers, at least the model's L: layer j begins with the weights of its layer floor(j * L / n_layer)
+    (the best of the ways to grow in depth in the Gopher paper, section G.3.3), all else as it is. The model is used up.
+    """
+    layers = [j * model.config.n_layer // n_layer for j in range(n_layer)]
+    if n_layer > model.config.n_layer:
+        print0(f"grown from {model.config.n_layer} to {n_layer} layers, which begin as {', '.join(map(str, layers))}")
+    model.transformer.h = nn.ModuleList(model.transformer.h[i] for i in layers)  # some are the same one, until they
+    grown = GPT(replace(model.config, n_layer=n_layer, dropout=dropout))
+    grown.load_state_dict(model.state_dict())  # are copied
+    return grown
 
 
 def transpose_conv1d(state):
@@ -325,7 +372,7 @@ def transpose_conv1d(state):
 
 def preset(
     n_layer, n_head, n_embd, T, max_lr, B, total_batch_size=2**19, max_steps=10**10 // 2**19,
-    warmup_steps=375 * 10**6 // 2**19, val_every=250, hellaswag_every=250, sample_every=250, vocab_size=50304,
+    warmup_steps=375 * 10**6 // 2**19, val_every=250, hellaswag_every=250, sample_every=250, dropout=0.0, vocab_size=50304,
 ):  # fmt: skip
     """
     Values for the flags of these names. Rates and warmup: GPT-3 paper, table 2.1 and appendix B. max_steps: an epoch of
@@ -343,6 +390,9 @@ PRESETS = {
     "gpt3-medium": preset(24, 16, 1024, 2048, 3e-4, 16),
     "gpt3-large": preset(24, 16, 1536, 2048, 2.5e-4, 8),
     "gpt3-xl": preset(24, 16, 2048, 2048, 2e-4, 4, 2**20, 10**10 // 2**20, 375 * 10**6 // 2**20),  # paper: 24 heads
+    # A 760M model grown from a finished 580M one. Theirs has ALiBi where these have learned positions.
+    "gpt-580m": preset(18, 12, 1536, 1024, 2.5e-4, 16, max_steps=97000, warmup_steps=2000),
+    "gpt-760m": preset(24, 12, 1536, 1024, 2e-4, 16, max_steps=82000, warmup_steps=2000, dropout=0.1),
     "tiny": preset(4, 4, 128, 128, 1e-3, 8, 2**10, 250, 20, 50, 0, 125),  # for a laptop
 }
 
@@ -351,22 +401,28 @@ PRESETS = {
 # Data: from a text file or from shards (what fineweb.py writes) to batches of rows.
 
 
+# GPT-2's vocabulary begins with the 256 bytes, those that print (in Latin-1) first: {character that stands for it: byte}.
+BYTES = {chr(b): b for b in (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256))}
+BYTES |= {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(BYTES.values())))}
+
+
 def get_tokenizer(name="gpt2"):
     """
     A tiktoken.Encoding: "gpt2", which is GPT-2's BPE, or None where its merges can't be had; "bytes", the 256
-    single-byte tokens of the same vocabulary, which need no download.
+    single-byte tokens of the same vocabulary, which need no download. Else name is the path of a Hugging Face tokenizer.
     """
     if name == "gpt2":
         try:
             return tiktoken.get_encoding(name)
         except OSError:  # no network, and nothing in tiktoken's cache
             return None
-    # The vocabulary begins with the bytes that print (in Latin-1), then has the others, both in order.
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    order = printable + [b for b in range(256) if b not in printable]
+    if name != "bytes":
+        from fineweb import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer(name)
     # The ids in between are never made from text, but a young model samples them: give them a printable name.
     names = {f"<|{i}|>": i for i in range(256, EOT)} | {"<|endoftext|>": EOT}
-    ranks = {bytes([b]): i for i, b in enumerate(order)}
+    ranks = {bytes([b]): i for i, b in enumerate(BYTES.values())}
     return tiktoken.Encoding("bytes", pat_str=r"\s?\S+|\s", mergeable_ranks=ranks, special_tokens=names)
 
 
@@ -374,7 +430,7 @@ def load_text(path):
     """
     A UTF-8 text file as two shards: nine tenths of its characters to train, the last tenth to validate. As in all
     shards EOT leads every document; a file may hold several, with <|endoftext|> between them. Returns the shards of
-    each split, the tokenizer, and how many bytes of text a token of the validation split stands for.
+    each split, what the tokens are (fields of GPTConfig), and how many bytes of text a token of validation stands for.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -389,7 +445,7 @@ def load_text(path):
         documents = tokenizer.encode_ordinary_batch(texts)
         tokens = np.array([t for document in documents for t in (EOT, *document)], dtype=np.uint16)
         splits[split] = {f"{path} ({split} split)": tokens}
-    return splits, tokenizer, sum(len(text.encode()) for text in texts) / len(tokens)
+    return splits, {"tokenizer": tokenizer.name, "n_tokens": VOCAB_SIZE, "eot": EOT}, sum(len(text.encode()) for text in texts) / len(tokens)
 
 
 def load_shard(shard, mmap_mode=None):
@@ -409,12 +465,12 @@ def find_shards(directory, val_tokens):
     """
     The .npy files with "train" and "val" in their names: training as paths, which the loader reads when their turn
     comes; of validation the `val_tokens` + 1 tokens that will be used. meta.json, which fineweb.py writes beside them,
-    tells the tokenizer (else GPT-2's) and how many bytes of text a token of validation stands for (else None).
+    tells what the tokens are (else GPT-2's) and their bytes of text (else None). Returns the same three as load_text.
     """
     train, val = (sorted(Path(directory).glob(f"*{split}*.npy")) for split in ("train", "val"))
     if not train or not val:
         raise UserError(f"{directory} needs shards, one *train*.npy and one *val*.npy at least: see --data in --help")
-    tokenizer, bytes_per_token, meta_file = get_tokenizer(), None, Path(directory, "meta.json")
+    meta, bytes_per_token, meta_file = {"tokenizer": "gpt2"}, None, Path(directory, "meta.json")
     if meta_file.exists():
         meta = json.loads(meta_file.read_text())
         for path in train + val:
@@ -425,25 +481,26 @@ def find_shards(directory, val_tokens):
             print0(f"warning: {directory} is not complete: python fineweb.py goes on with it")
         entries = [meta["shards"][path.name] for path in val]
         bytes_per_token = sum(e["bytes"] for e in entries) / sum(e["tokens"] for e in entries)
-        tokenizer = get_tokenizer(meta["tokenizer"])
     head, missing = [], val_tokens + 1
     while val and missing > 0:
         head.append(np.array(load_shard(val.pop(0), "r")[:missing]))
         missing -= len(head[-1])
     splits = {"train": {str(path): path for path in train}, "val": {f"{directory} (val split)": np.concatenate(head)}}
-    return splits, tokenizer, bytes_per_token
+    name = meta["tokenizer"] if meta["tokenizer"] in ("gpt2", "bytes") else str(Path(directory, meta["tokenizer"]))
+    vocabulary = {"tokenizer": name, "n_tokens": meta.get("vocab_size", VOCAB_SIZE), "eot": meta.get("eot", EOT)}
+    return splits, vocabulary, bytes_per_token
 
 
 class ShuffledShard:
     """A shard read as if its documents lay in another order; the tokens stay where they are."""
 
-    def __init__(self, tokens, rng=None):
-        """tokens: uint16 (n,). rng: numpy Generator that draws the order; None leaves it as it is."""
+    def __init__(self, tokens, rng=None, eot=EOT):
+        """tokens: uint16 (n,). rng: numpy Generator that draws the order; None leaves it as it is. eot: leads documents."""
         starts = np.zeros(1, dtype=np.int64)  # the head may be the end of a document that began in the shard before
         order = starts
         if rng is not None:
             chunk = 2**20  # not all at once: a mask of 100M tokens would cost 100 MB
-            found = [np.flatnonzero(tokens[i : i + chunk] == EOT) + i for i in range(0, len(tokens), chunk)]
+            found = [np.flatnonzero(tokens[i : i + chunk] == eot) + i for i in range(0, len(tokens), chunk)]
             starts = np.union1d(starts, np.concatenate(found))
             order = rng.permutation(len(starts))
         lengths = np.diff(starts, append=len(tokens))[order]
@@ -472,14 +529,14 @@ class DataLoaderLite:
     training are numbered: row r is the same for any B and any number of ranks. Micro batches, B rows each, are dealt to
     the ranks in turn. In memory are this shard and the next, which a thread reads meanwhile.
 
-    shards: {name: path of a .npy file, or uint16 array (n,)}. vocab_size: ids from there on are a UserError.
-    shuffle=False keeps shards and documents as they lie, which is the order of the lecture.
+    shards: {name: path of a .npy file, or uint16 array (n,)}. vocab_size: ids from there on are a UserError. eot: the
+    id that leads documents. shuffle=False keeps shards and documents as they lie, which is the order of the lecture.
     """
 
-    def __init__(self, shards, B, T, rank=0, world_size=1, vocab_size=VOCAB_SIZE, seed=0, shuffle=False):
+    def __init__(self, shards, B, T, rank=0, world_size=1, vocab_size=VOCAB_SIZE, seed=0, shuffle=False, eot=EOT):
         self.names, self.shards = list(shards), list(shards.values())
         self.B, self.T, self.rank, self.world_size = B, T, rank, world_size
-        self.vocab_size, self.seed, self.shuffle = vocab_size, seed, shuffle
+        self.vocab_size, self.seed, self.shuffle, self.eot = vocab_size, seed, shuffle, eot
         lengths = {name: len(load_shard(shard, "r")) for name, shard in shards.items()}
         for name, n in lengths.items():
             if n <= T:
@@ -506,7 +563,7 @@ class DataLoaderLite:
         tokens = load_shard(self.shards[i])
         if tokens.max() >= self.vocab_size:
             raise UserError(f"{self.names[i]}: token {tokens.max()} is not among {self.vocab_size}: see --vocab_size")
-        return ShuffledShard(tokens, np.random.default_rng((self.seed, epoch, i)) if self.shuffle else None)
+        return ShuffledShard(tokens, np.random.default_rng((self.seed, epoch, i)) if self.shuffle else None, self.eot)
 
     def read_row(self, row):
         """Tokens of one row of the run and the one after it: uint16 (T + 1,)."""
@@ -544,12 +601,12 @@ class Args:
 
     data: str = flag("directory of shards, or text file (edu_fineweb10B/ where it has shards, else input.txt)")
     model: str = flag("preset, listed below (gpt2 for shards, tiny for a text file)")
-    init_from: str = flag("begin with these weights: a released name, a Hugging Face directory or a .pt file")
-    n_layer: int = flag("layers (preset)")
+    init_from: str = flag("begin with these weights: a released name, a Hugging Face directory, a .pt file, or 'several*.pt'")
+    n_layer: int = flag("layers (preset); with --init_from more than it has make it grow")
     n_head: int = flag("attention heads (preset)")
     n_embd: int = flag("width (preset)")
     vocab_size: int = flag("rows of the token embedding (preset)")
-    dropout: float = flag("on attention weights and on what joins the residual stream", 0.0)
+    dropout: float = flag("on attention weights and on what joins the residual stream (preset)")
     B: int = flag("rows of a micro batch on one rank (preset, fewer where ranks share a small step)")
     T: int = flag("tokens of a row (the preset's context)")
     total_batch_size: int = flag("tokens of a step, over all ranks and micro steps (preset)")
@@ -558,6 +615,7 @@ class Args:
     max_lr: float = flag("learning rate after warmup (preset)")
     min_lr: float = flag("learning rate at the end (max_lr / 10)")
     optimizer: str = flag("muon: for the blocks' matrices, AdamW for the rest", "adamw", choices=("adamw", "muon"))
+    zero: bool = flag("shard the optimizer's state over the ranks", False)
     weight_decay: float = flag("on matrices and embeddings", 0.1)
     grad_clip: float = flag("largest global norm of the gradient, 0 = any", 1.0)
     seed: int = flag("of the weights, the order of the data, dropout", 42)
@@ -576,7 +634,7 @@ class Args:
     temperature: float = flag("of samples: below 1 bolder, above 1 wilder", 1.0)
     checkpoint_every: int = flag("steps between checkpoints, 0 = never, not even last", 5000)
     log_dir: str = flag("where log.txt and checkpoints go", "log")
-    resume: bool = flag("go on from log_dir/latest.pt", False)
+    resume: bool = flag("go on from log_dir/latest.pt; flags that are left out are as they were", False)
 
 
 class Parser(argparse.ArgumentParser):
@@ -599,15 +657,22 @@ def parse_args(argv=None):
     for f in fields(Args):
         how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         parser.add_argument(f"--{f.name}", default=f.default, **how, **f.metadata)
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv, Args())
+    if args.resume and (config_file := Path(args.log_dir, "config.json")).exists():
+        argv = json.loads(config_file.read_text())["command"][1:] + argv  # the later word counts
+        args = parser.parse_args(argv, Args())
+    args.command = [sys.argv[0], *(word for word in argv if word != "--resume")]
     args.data = args.data or ("edu_fineweb10B" if any(Path("edu_fineweb10B").glob("*train*.npy")) else "input.txt")
     if not Path(args.data).exists():
         raise UserError(f"--data {args.data} does not exist: give a directory of shards or a text file")
+    # Weights bring their shape along; a preset that is named besides may be deeper.
+    brought = () if not (args.init_from or args.resume) else ("vocab_size",) if args.model else SHAPE
     args.model = args.model or ("gpt2" if Path(args.data).is_dir() else "tiny")
     if args.model not in PRESETS:
         raise UserError(f"there is no preset --model {args.model}: choose from {', '.join(PRESETS)}")
     for name, value in PRESETS[args.model].items():
-        if getattr(args, name) is None and name != "B" and not (args.init_from and name in SHAPE):
+        if getattr(args, name) is None and name not in ("B", *brought):
             setattr(args, name, value)
 
     for name, value in vars(args).items():
@@ -700,6 +765,18 @@ def load_checkpoint(path):
         raise UserError(f"{path} is damaged or not a checkpoint of this script: use another one") from None
 
 
+def restore(optimizer, state):
+    """Give an optimizer the moments of a checkpoint; its hyperparameters stay those of the flags."""
+    flags = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, flags):
+        group.update(values)
+    if shard := getattr(optimizer, "optim", None):  # a ZeroRedundancyOptimizer's loader keeps a second copy of it all,
+        optimizer.state.clear()
+        for p, moments in shard.state.items():  # and puts AdamW's step on the CPU, where its fused kernel does not look
+            moments.update({name: t.to(p.device) for name, t in moments.items()})
+
+
 def log(log_dir, step, **figures):
     """Append a line `{step} {stream} {value}` for each figure (rank 0); 9 digits hold a float32 exactly."""
     if RANK == 0:
@@ -750,7 +827,7 @@ def evaluate(model, loader, rows, device, autocast):
 def print_samples(model, tokenizer, args, device, autocast):
     """Let each rank continue the prompt a few times. Where a token is one byte, four times as far."""
     generator = torch.Generator(device).manual_seed(42 + RANK)
-    prompt = torch.tensor(tokenizer.encode_ordinary(args.prompt) or [EOT], device=device).expand(args.num_samples, -1)
+    prompt = torch.tensor(tokenizer.encode_ordinary(args.prompt) or [tokenizer.eot_token], device=device).expand(args.num_samples, -1)
     length = args.max_new_tokens * (4 if tokenizer.name == "bytes" else 1)
     with autocast:
         rows = model.generate(prompt, length, args.top_k, generator, args.temperature)
@@ -794,27 +871,29 @@ def main():
 
     # The model. Drawn on the CPU: the same weights from the same seed on every device and every rank.
     torch.manual_seed(args.seed)
-    if args.init_from:
-        source = load_model(args.init_from)
+    if origin := str(log_dir / "latest.pt") if args.resume else args.init_from:
+        source = load_model(origin)
         for name in SHAPE:
-            if getattr(args, name) not in (None, has := getattr(source.config, name)):
-                raise UserError(f"--{name} {getattr(args, name)}: {args.init_from} has {has}, leave the flag out")
-        model = GPT(replace(source.config, dropout=args.dropout))
-        model.load_state_dict(source.state_dict())
+            has, wanted = getattr(source.config, name), getattr(args, name)
+            if wanted not in (None, has) and not (name == "n_layer" and wanted > has and not args.resume):
+                raise UserError(f"{origin} has {name} {has}, not {wanted}: leave that out (only --init_from adds layers)")
+        model = grow(source, args.n_layer or source.config.n_layer, args.dropout)
     else:
         shape = {name: getattr(args, name) for name in SHAPE}
         model = GPT(GPTConfig(PRESETS[args.model]["T"], **shape, dropout=args.dropout))
-    config = model.config
-    if args.T > config.block_size:
-        raise UserError(f"--T {args.T} is longer than the model's context: at most {config.block_size}")
+    if args.T > model.config.block_size:
+        raise UserError(f"--T {args.T} is longer than the model's context: at most {model.config.block_size}")
     model.to(device)
-    optimizers = model.configure_optimizers(args.max_lr, args.weight_decay, args.optimizer == "muon")
+    zero = args.zero and WORLD_SIZE > 1
+    optimizers = model.configure_optimizers(args.max_lr, args.weight_decay, args.optimizer == "muon", zero)
 
     # Data: what a step reads depends on its number alone.
     data = load_text(args.data) if Path(args.data).is_file() else find_shards(args.data, args.val_tokens)
-    splits, tokenizer, bytes_per_token = data
-    layout = (args.B, args.T, RANK, WORLD_SIZE, min(config.vocab_size, VOCAB_SIZE))
-    train_loader = DataLoaderLite(splits["train"], *layout, args.seed, args.shuffle)
+    splits, vocabulary, bytes_per_token = data
+    config = model.config = replace(model.config, **vocabulary)
+    tokenizer = get_tokenizer(config.tokenizer)
+    layout = (args.B, args.T, RANK, WORLD_SIZE, min(config.vocab_size, config.n_tokens))
+    train_loader = DataLoaderLite(splits["train"], *layout, args.seed, args.shuffle, config.eot)
     val_loader = DataLoaderLite(splits["val"], *layout)
     val_rows = min(max(args.val_tokens // args.T, 1), val_loader.rows_per_epoch)
     rows_per_step = args.total_batch_size // args.T
@@ -834,27 +913,27 @@ def main():
         dist.broadcast_object_list(items, device=device)
 
     # Resume: load, and begin at step k.
-    settings = asdict(args) | {"tokenizer": getattr(tokenizer, "name", None)}
+    settings = asdict(args) | {"tokenizer": getattr(tokenizer, "name", None), "schedule_start": 0}
     start_step = 0
     if args.resume:
         latest = load_checkpoint(log_dir / "latest.pt")
-        other = [f"{k} {v}" for k, v in latest["config"].items() if k != "dropout" and v != getattr(config, k)]
-        if other:
-            raise UserError(f"--resume: {log_dir}/latest.pt is of a model with {', '.join(other)}: repeat its flags")
         if "optimizers" not in latest:
             raise UserError(f"--resume: {log_dir}/latest.pt holds weights only: --init_from begins with them")
-        start_step = latest["step"]
+        start_step, before = latest["step"], latest["args"]
         if start_step > args.max_steps:
             raise UserError(f"--resume: {log_dir} is at step {start_step}: raise --max_steps {args.max_steps}")
-        model.load_state_dict(latest["model"])
-        if (was := latest["args"]["optimizer"]) != args.optimizer:
-            raise UserError(f"--resume: {log_dir} was trained with {was}: give --optimizer {was}")
+        if before["optimizer"] != args.optimizer:
+            raise UserError(f"--resume: {log_dir} was trained with {before['optimizer']}: give --optimizer {before['optimizer']}")
         for optimizer, state in zip(optimizers, latest["optimizers"]):
-            groups = optimizer.state_dict()["param_groups"]  # moments from the file, hyperparameters from the flags
-            optimizer.load_state_dict(state | {"param_groups": groups})
-        for name, was in latest["args"].items():
-            if settings[name] != was and name not in ("resume", "B"):
-                print0(f"--resume: {name} was {was}, is {settings[name]}")
+            restore(optimizer, state)
+        # A rate that was changed by hand begins a schedule of its own, here.
+        same_rate = all(before[name] == settings[name] for name in ("max_lr", "min_lr"))
+        settings["schedule_start"] = before.get("schedule_start", 0) if same_rate else start_step
+        for name, was in before.items():
+            if settings.get(name) != was and name not in ("resume", "B"):
+                print0(f"--resume: {name} was {was}, is {settings.get(name)}")
+    schedule_start = settings["schedule_start"]
+    warmup_steps = 0 if schedule_start else args.warmup_steps  # a model that was trained so far needs none
     train_loader.seek(start_step * rows_per_step)
 
     if RANK == 0 and args.max_steps > 0:  # --max_steps 0 only looks at a model: no files
@@ -862,7 +941,7 @@ def main():
         here = Path(__file__).resolve().parent
         failed, commit = subprocess.getstatusoutput(f'git -C "{here}" describe --always --dirty --exclude "*"')
         record = {
-            "command": sys.argv, "args": settings, "config": asdict(config), "world_size": WORLD_SIZE, "device": name,
+            "command": args.command, "args": settings, "config": asdict(config), "world_size": WORLD_SIZE, "device": name,
             "tokens_per_epoch": train_loader.rows_per_epoch * args.T, "shards": len(train_loader.rows),
             "started": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "commit": None if failed else commit,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
@@ -880,7 +959,11 @@ def main():
                 torch.save({"model": model.state_dict(), "config": asdict(config), "step": step, **more}, f)
 
     def save_latest(step):
-        save(step, "latest.pt", optimizers=[o.state_dict() for o in optimizers], args=settings)
+        if zero:  # rank 0 gets the others' part of the state
+            for optimizer in optimizers:
+                optimizer.consolidate_state_dict()
+        if RANK == 0:
+            save(step, "latest.pt", optimizers=[o.state_dict() for o in optimizers], args=settings)
 
     signals = []  # Ctrl-C and SIGTERM finish the step, save and end
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -950,7 +1033,7 @@ def main():
         if WORLD_SIZE > 1:
             dist.all_reduce(figures)  # the mean loss; and the wish to stop of any rank, so that all stop at one step
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-        lr = get_lr(step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
+        lr = get_lr(step - schedule_start, args.max_lr, args.min_lr, warmup_steps, args.max_steps - schedule_start)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr

@@ -62,6 +62,17 @@ def succeed(*flags, **options):
     return done
 
 
+def start(*flags, until, ranks=1):
+    """Start the script and come back when it has printed a line with `until`."""
+    process = subprocess.Popen(
+        command(*flags, ranks=ranks), env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    for line in process.stdout:
+        if until in line:
+            return process
+    raise AssertionError(f"ended with {process.wait()} before it printed {until!r}")
+
+
 def read_log(log_dir, stream="train"):
     """{step: value} of one stream of log.txt; a step that stands there twice fails."""
     pairs = [line.split() for line in (Path(log_dir) / "log.txt").read_text().splitlines()]

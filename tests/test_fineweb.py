@@ -161,14 +161,13 @@ def test_a_kill_between_an_entry_and_its_shard(corpus, whole, tmp_path):
 
 
 @pytest.mark.parametrize("piece", [1, 50, 1000, 10**6])
-def test_pieces_of_any_size_give_each_document_once(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(fineweb, "PIECE", piece)
+def test_pieces_of_any_size_give_each_document_once(tmp_path, piece):
     texts = [text[:90] for text in make_texts(120, seed=1)]
     write_parquet(tmp_path / "a.parquet", texts[:40], 7)
     write_jsonl(tmp_path / "b.jsonl", texts[40:80])
     for i, text in enumerate(texts[80:]):
         (tmp_path / f"c{i:02d}.txt").write_text(text, encoding="utf-8", newline="")
-    pieces = fineweb.make_pieces(fineweb.local_files([str(tmp_path / "*"), str(tmp_path / "*.jsonl")]))
+    pieces = fineweb.make_pieces(fineweb.local_files([str(tmp_path / "*"), str(tmp_path / "*.jsonl")]), piece)
     found = {}
     for worker in range(3):  # each reads every third piece, in this process
         for i in range(worker, len(pieces), 3):
@@ -177,6 +176,71 @@ def test_pieces_of_any_size_give_each_document_once(tmp_path, monkeypatch, piece
     assert [text for i in range(len(pieces)) for text in found[i]] == texts
     assert len(pieces) > 100 if piece == 1 else True
     assert len(pieces) == 3 if piece == 10**6 else True
+
+
+def test_a_mixture_takes_its_shares_and_is_the_same_all_along(corpus, tmp_path):
+    """All documents of one source, a quarter of another's, each whole; in every shard the same proportions; any workers."""
+    directory, texts = corpus
+    whole, part = set(texts[:8000]), set(texts[12000:20000])
+    mix = ["--mix", f"{directory}/a.parquet:1.0", f"{directory}/c.*:0.25", "--shard_size", 700_000]
+    for workers in (1, 2):
+        done = tokenize(*mix, "--out", tmp_path / f"{workers}", "--workers", workers)
+        assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    meta = json.loads((tmp_path / "1" / "meta.json").read_text())
+    shards = [np.load(tmp_path / "1" / name) for name in meta["shards"]]
+    decode, share = get_tokenizer("bytes").decode_bytes, []
+    for shard in shards:
+        documents = [decode(tokens[1:]).decode(errors="replace") for tokens in np.split(shard, np.flatnonzero(shard == EOT))[1:-1]]
+        assert all(text in whole or text in part for text in documents)
+        share.append(sum(len(text) for text in documents if text in part) / len(shard))
+    assert len(shards) > 10 and max(share[:-1]) - min(share[:-1]) < 0.1
+    tokens = np.concatenate(shards)
+    stream = [decode(document[1:]).decode() for document in np.split(tokens, np.flatnonzero(tokens == EOT))[1:]]
+    assert sorted(text for text in stream if text in whole) == sorted(texts[:8000])
+    assert [source["share"] for source in meta["sources"].values()] == [1, 0.25]
+    (n, of_n), (m, of_m) = (np.sum([shard["sources"][name] for shard in meta["shards"].values()], axis=0) for name in meta["sources"])
+    assert n == 8000 and abs(m - 2000) < 10 and len(stream) == n + m and of_n + of_m == len(tokens)
+    assert f"{of_m / len(tokens):.1%} are the {m:,} documents of {directory}/c.*" in done.stdout
+    again = mix[:2] + [f"{directory}/c.*:0.5"] + mix[3:]
+    assert "sources" in refused(*again, "--out", tmp_path / "1")
+
+
+@pytest.mark.parametrize("mix", ["docs/*.txt", "docs/*.txt:much", "docs/*.txt:0", "docs/*.txt:1.5", "nowhere/*.txt:1"])
+def test_a_mixture_that_makes_no_sense(tmp_path, mix):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.txt").write_text("a" * 100)
+    assert mix.split(":")[0] in refused("--mix", mix, "--out", tmp_path / "out", cwd=tmp_path)
+
+
+def test_a_tokenizer_of_hugging_face(tmp_path):
+    """Its own ids, end of text and bytes; a copy of it goes with the shards. What is no byte-level BPE is refused."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    texts = make_texts(300)
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer, bpe.pre_tokenizer = normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<pad>", "<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    flags = ["--input", tmp_path / "a.jsonl", "--shard_size", 20_000, "--workers", 2]
+    done = tokenize(*flags, "--out", tmp_path / "out", "--tokenizer", tmp_path)
+    assert done.returncode == 0, done.stderr
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert (meta["tokenizer"], meta["vocab_size"], meta["eot"]) == ("tokenizer.json", 600, 1)
+    tokens = np.concatenate([np.load(tmp_path / "out" / name) for name in meta["shards"]])
+    bpe.encode_special_tokens = True
+    assert tokens.tolist() == [i for text in texts for i in (1, *bpe.encode(text).ids)]
+    assert sum(shard["bytes"] for shard in meta["shards"].values()) == sum(len(text.encode()) for text in texts)
+    splits, vocabulary, _ = find_shards(tmp_path / "out", 1)
+    assert vocabulary == {"tokenizer": str(tmp_path / "out" / "tokenizer.json"), "n_tokens": 600, "eot": 1}
+    ours = get_tokenizer(vocabulary["tokenizer"])
+    assert ours.decode(ours.encode_ordinary(texts[0])) == texts[0]
+    Tokenizer(models.WordLevel({"<|endoftext|>": 0, "word": 1}, unk_token="word")).save(str(tmp_path / "words.json"))
+    assert "words.json is no byte-level BPE" in refused(*flags, "--out", tmp_path / "other", "--tokenizer", tmp_path / "words.json")
+    assert "a.jsonl is no tokenizer" in refused(*flags, "--out", tmp_path / "other", "--tokenizer", tmp_path / "a.jsonl")
 
 
 @needs_bpe

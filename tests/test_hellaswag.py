@@ -138,7 +138,7 @@ def test_sampling_from_a_checkpoint(shards, tmp_path):
     byte_shards(shards)
     flags = ["--data", shards, "--device", "cpu", "--log_dir", tmp_path / "log"]
     succeed(*flags, *TINY, "--max_steps", 1)
-    look = ["--init_from", tmp_path / "log" / "model_00001.pt", "--model", "tiny", "--max_steps", 0, "--T", 16]
+    look = ["--init_from", tmp_path / "log" / "model_00001.pt", *TINY, "--sample_every", 1, "--max_steps", 0]
     look += ["--prompt", "O tide", "--num_samples", 3, "--max_new_tokens", 4, "--top_k", 1, "--temperature", 0.5]
     done = succeed(*flags, *look)
     samples = [line.split(": ", 1)[1] for line in done.stdout.splitlines() if line.startswith("rank 0 sample")]
