@@ -1,7 +1,7 @@
 """
 What a step teaches: short trainings of the tiny preset with AdamW and Muon at several learning rates, three seeds each.
 
-    python benchmarks/learning_rate.py                         # Python's standard library as text, a quarter of an hour on 2 cores
+    python benchmarks/learning_rate.py                         # Python's standard library as text, 20 minutes on 2 cores
     python benchmarks/learning_rate.py --data input.txt --steps 100 --seeds 1
 
 Prints the validation loss at the end, mean and standard deviation over seeds, and after what share of the steps each
@@ -34,10 +34,10 @@ def standard_library(path):
 
 
 def train(optimizer, lr, seed, args, data, directory):
-    """One training in a process of one thread; returns its validation losses, one every args.steps // 50 steps."""
+    """One training in a process of one thread; returns its validation losses, one every args.steps // 25 steps."""
     log_dir = Path(directory, f"{optimizer}-{lr}-{seed}")
     flags = {"data": data, "model": "tiny", "optimizer": optimizer, "max_lr": lr, "seed": seed, "max_steps": args.steps,
-             "warmup_steps": args.steps // 10, "val_every": max(args.steps // 50, 1), "val_tokens": 8192, "sample_every": 0,
+             "warmup_steps": args.steps // 10, "val_every": max(args.steps // 25, 1), "val_tokens": 4096, "sample_every": 0,
              "checkpoint_every": 0, "dtype": args.dtype, "device": args.device, "log_dir": log_dir}  # fmt: skip
     script = Path(sys.path[0], "train_gpt2.py")
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
@@ -63,7 +63,7 @@ def main():
         if not args.data:
             standard_library(data)
         runs = [*tqdm(pool.map(lambda job: train(*job, args, data, directory), jobs), total=len(jobs))]
-    every = max(args.steps // 50, 1)
+    every = max(args.steps // 25, 1)
     steps = np.minimum(np.arange(len(runs[0])) * every, args.steps)
     losses = {s: np.array([run for job, run in zip(jobs, runs) if job[:2] == s]) for s in settings}  # (seeds, validations)
     final = {s: curves[:, -1].mean() for s, curves in losses.items()}

@@ -1,0 +1,268 @@
+"""Growing models: more layers, mean weights, sharded optimizer state, a new rate by hand, and a chain of all of them."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, environment, load, read_log, start, succeed, train
+
+from train_gpt2 import GPT, PRESETS, GPTConfig, get_tokenizer, grow, load_model
+
+RUN = [*TINY, "--max_steps", 20, "--val_every", 5, "--val_tokens", 150]
+
+
+def close(a, b, atol):
+    return a.keys() == b.keys() and all(abs(a[step] - b[step]) <= atol for step in a)
+
+
+def test_layers_of_a_grown_model_are_those_of_the_recipe(capsys):
+    config = GPTConfig(8, 16, PRESETS["gpt-580m"]["n_layer"], 2, 4)
+    small = GPT(config)
+    state = {name: w.clone() for name, w in small.state_dict().items()}
+    grown = grow(small, PRESETS["gpt-760m"]["n_layer"], 0.1)
+    assert "0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12, 12, 13, 14, 15, 15, 16, 17" in capsys.readouterr().out
+    assert grown.config.n_layer == 24 and torch.equal(grown.transformer.wpe.weight, state["transformer.wpe.weight"])
+    for new, old in (1, 0), (2, 1), (8, 6), (23, 17):
+        for name, p in grown.transformer.h[new].named_parameters():
+            assert torch.equal(p, state[f"transformer.h.{old}.{name}"])
+    assert len({p.data_ptr() for p in grown.parameters()}) == len(list(grown.parameters())) == 4 + 24 * 12
+
+
+def test_presets_of_the_recipe_have_their_sizes():
+    with torch.device("meta"):
+        for name, millions in ("gpt-580m", 589), ("gpt-760m", 759):
+            p = PRESETS[name]
+            model = GPT(GPTConfig(p["T"], p["vocab_size"], p["n_layer"], p["n_head"], p["n_embd"]))
+            assert round(sum(w.numel() for w in model.parameters()) / 1e6) == millions
+
+
+def test_growing_a_trained_model_keeps_what_it_learned(tmp_path):
+    """Half a minute of training, then a loss well below chance, and not far above the small model's."""
+    flags = ["--data", ROOT / "input.txt", "--device", "cpu", "--sample_every", 0, "--val_tokens", 2048, "--B", 8, "--n_embd", 64]
+    succeed(*flags, "--n_layer", 3, "--max_steps", 60, "--max_lr", 3e-3, "--val_every", 60, "--log_dir", tmp_path / "small")
+    done = succeed(*flags, "--init_from", tmp_path / "small" / "latest.pt", "--n_layer", 4, "--max_steps", 1, "--log_dir", tmp_path / "grown")
+    assert "grown from 3 to 4 layers, which begin as 0, 0, 1, 2" in done.stdout
+    chance, before, after = read_log(tmp_path / "small", "val")[0], read_log(tmp_path / "small", "val")[60], read_log(tmp_path / "grown", "val")[0]
+    assert before < chance - 3 and before < after < before + 0.3 * (chance - before)
+    for more, says in (["--n_embd", 32], "n_embd 64"), (["--n_layer", 2], "n_layer 3"), (["--model", "gpt2"], "n_head 4"):
+        done = train(*flags[:-2], "--init_from", tmp_path / "small" / "latest.pt", *more, "--max_steps", 0)
+        assert done.returncode == 2 and says in done.stderr
+
+
+def test_mean_of_checkpoints(shards, tmp_path):
+    succeed("--data", shards, *RUN, "--checkpoint_every", 5, "--log_dir", tmp_path / "log")
+    mean = load_model(str(tmp_path / "log" / "model_000[12]*.pt")).state_dict()  # steps 10, 15 and 20
+    states = [load(tmp_path / "log" / f"model_{step:05d}.pt")["model"] for step in (10, 15, 20)]
+    for name, w in mean.items():
+        torch.testing.assert_close(w, torch.stack([state[name] for state in states]).double().mean(dim=0).float())
+    other = GPT(GPTConfig(16, 50304, 1, 2, 16))
+    torch.save({"model": other.state_dict(), "config": vars(other.config)}, tmp_path / "log" / "model_00019.pt")
+    done = train("--data", shards, "--init_from", tmp_path / "log" / "model_0001*.pt", "--max_steps", 0)
+    assert done.returncode == 2 and "different shapes" in done.stderr
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_sharded_optimizer_is_the_same_optimizer(shards, tmp_path, optimizer):
+    """Losses as without; its checkpoint serves any number of ranks, with the flag or without."""
+    flags = ["--data", shards, *RUN, "--optimizer", optimizer, "--checkpoint_every", 10, "--log_dir"]
+    succeed(*flags, tmp_path / "plain")
+    succeed(*flags, tmp_path / "zero", "--zero", ranks=2)
+    plain, atol = read_log(tmp_path / "plain"), 1e-5 if optimizer == "adamw" else 1e-3
+    assert close(plain, read_log(tmp_path / "zero"), atol)
+    for ours, theirs in zip(*(load(tmp_path / name / "latest.pt")["optimizers"] for name in ("plain", "zero"))):
+        assert ours["state"].keys() == theirs["state"].keys() and all(s for s in theirs["state"].values())
+    for ranks, flag, until in (1, "--no-zero", "step    12 | loss"), (2, "--zero", "step    14 | loss"):
+        other = tmp_path / f"{ranks}"
+        process = start(*flags, other, "--zero" if ranks == 1 else "--no-zero", until=until, ranks=2)
+        process.terminate()
+        process.communicate()
+        assert 12 < load(other / "latest.pt")["step"] < 20
+        succeed("--resume", "--log_dir", other, flag, ranks=ranks)
+        assert close(plain, read_log(other), atol)
+
+
+COUNT = """
+import sys, torch, torch.distributed as dist
+from train_gpt2 import GPT, GPTConfig, restore
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = GPT(GPTConfig(64, 256, 6, 4, 64))
+
+def count(optimizer):
+    states = [*optimizer.optim.state.values(), *(state for state in optimizer.state.values() if state)]
+    return sum(t.numel() for state in states for t in state.values() if t.dim() > 0)
+
+def step(optimizer):
+    model(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64))[1].backward()
+    optimizer.step()
+    return count(optimizer)
+
+[optimizer] = model.configure_optimizers(1e-3, 0.1, zero=True)
+fresh = step(optimizer)
+optimizer.consolidate_state_dict()
+state = [optimizer.state_dict() if dist.get_rank() == 0 else None]
+dist.broadcast_object_list(state)
+[resumed] = model.configure_optimizers(1e-3, 0.1, zero=True)
+restore(resumed, state[0])
+counts = [None] * 2
+dist.all_gather_object(counts, (fresh, step(resumed)))
+if dist.get_rank() == 0:
+    print("COUNTS", counts, 2 * sum(p.numel() for p in model.parameters()))
+dist.destroy_process_group()
+"""
+
+
+def test_each_rank_keeps_its_share_of_the_state(tmp_path):
+    """Half of AdamW's two moments on each of two ranks, to within the largest tensor; after loading too."""
+    (tmp_path / "count.py").write_text(COUNT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "count.py"]
+    done = subprocess.run(launcher, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=120)
+    counts, total = re.search(r"COUNTS (\[.*\]) (\d+)", done.stdout, re.S).groups()
+    (one, one_resumed), (two, two_resumed) = eval(counts)
+    assert one + two == int(total) and abs(one - two) < 0.1 * one, done.stderr
+    assert (one_resumed, two_resumed) == (one, two)
+
+
+def test_a_new_rate_begins_a_schedule_where_the_run_is(shards, tmp_path):
+    flags = ["--data", shards, *RUN, "--checkpoint_every", 10, "--log_dir", tmp_path / "log"]
+    succeed(*flags)
+    whole = read_log(tmp_path / "log", "lr")
+    done = succeed("--resume", "--max_lr", 1e-3, "--min_lr", 0, "--max_steps", 30, "--log_dir", tmp_path / "log")
+    assert "max_lr was 0.01, is 0.001" in done.stdout and "max_steps was 20, is 30" in done.stdout
+    rates = read_log(tmp_path / "log", "lr")
+    assert {step: rates[step] for step in range(20)} == whole  # what was trained stays as it is
+    assert all(rates[20 + i] == pytest.approx(0.5e-3 * (1 + math.cos(math.pi * i / 10)), rel=1e-6) for i in range(10))
+    # Stopped and resumed, the new schedule goes on.
+    process = start("--resume", "--max_steps", 40, "--log_dir", tmp_path / "log", until="step    33 | loss")
+    process.terminate()
+    process.communicate()
+    succeed("--resume", "--log_dir", tmp_path / "log")
+    rates = read_log(tmp_path / "log", "lr")
+    assert list(rates) == list(range(40))
+    assert all(rates[30 + i] == pytest.approx(0.5e-3 * (1 + math.cos(math.pi * (10 + i) / 20)), rel=1e-6) for i in range(10))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The whole recipe at toy scale.
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    """The play's speeches, and a second corpus of Python; and a tokenizer of Hugging Face trained on both."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    directory = tmp_path_factory.mktemp("corpora")
+    speeches = (ROOT / "input.txt").read_text().split("\n\n")
+    code = [path.read_text() for path in sorted((ROOT / "tests").glob("*.py"))]
+    pieces = [text[i : i + 500] for text in code for i in range(0, len(text), 500)]
+    for name, texts in ("play", speeches), ("code", pieces):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(speeches + pieces, trainer)
+    bpe.add_tokens(["    ", "        "])
+    (directory / "bpe").mkdir()
+    bpe.save(str(directory / "bpe" / "tokenizer.json"))
+    return directory
+
+
+def harness(model, directory, monkeypatch):
+    """lm-evaluation-harness on local files of a few items in the formats of the four tasks: {task: {metric: value}}."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_HOME", str(directory / "cache"))
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    lines = [line for line in (ROOT / "input.txt").read_text().splitlines() if len(line.split()) > 6][:24]
+    endings = ["went home.", "sang, for the tide.", "is the harbour of Merrow.", "fell"]
+    items = {
+        "lambada/lambada_openai.yaml": [{"text": line} for line in lines],
+        "piqa/piqa.yaml": [{"goal": a, "sol1": b, "sol2": c, "label": i % 2} for i, (a, b, c) in enumerate(zip(lines, lines[1:], lines[2:]))],
+        "hellaswag/hellaswag.yaml": [
+            {"activity_label": "Tide", "ctx_a": line, "ctx_b": "the clerk", "endings": endings, "label": str(i % 4)} for i, line in enumerate(lines)
+        ],
+        "pile_10k/pile_10k.yaml": [{"text": "\n".join(lines[i : i + 6])} for i in range(4)],
+    }  # fmt: skip
+    tasks = directory / "tasks"
+    tasks.mkdir()
+    for path, rows in items.items():
+        name = Path(path).stem
+        (tasks / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files = {split: str(tasks / f"{name}.jsonl") for split in ("train", "validation", "test")}
+        original = Path(lm_eval.__file__).parent / "tasks" / path
+        (tasks / f"{name}.yaml").write_text(
+            f"include: {original}\ntask: toy_{name}\ndataset_path: json\ndataset_name: null\n"
+            f"dataset_kwargs: {{data_files: {json.dumps(files)}}}\n"
+        )
+    results = lm_eval.simple_evaluate(
+        model="hf", model_args=f"pretrained={model},dtype=float32", device="cpu", batch_size=4, bootstrap_iters=0,
+        tasks=[f"toy_{Path(path).stem}" for path in items],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+    )  # fmt: skip
+    return results["results"]
+
+
+def test_the_recipe_from_documents_to_the_harness(corpora, tmp_path, monkeypatch):
+    """A mixture, 3 layers, the mean of two checkpoints, 4 layers with dropout and --zero, kill, resume, a lower rate, export."""
+    tokens, log_dir, grown = tmp_path / "tokens", tmp_path / "small", tmp_path / "grown"
+    mix = ["--mix", f"{corpora}/play.jsonl:1.0", f"{corpora}/code.jsonl:0.25", "--tokenizer", f"{corpora}/bpe"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "fineweb.py", *mix, "--out", tokens, "--shard_size", "8000"], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    meta = json.loads((tokens / "meta.json").read_text())
+    assert (meta["tokenizer"], meta["vocab_size"], meta["eot"]) == ("tokenizer.json", 1002, 0)
+
+    flags = ["--data", tokens, "--n_embd", 64, "--n_head", 2, "--vocab_size", 1024, "--T", 64, "--B", 4, "--total_batch_size", 512]
+    flags += ["--device", "cpu", "--val_every", 20, "--val_tokens", 4096, "--hellaswag_every", 0, "--sample_every", 0, "--warmup_steps", 5]
+    succeed(*flags, "--model", "tiny", "--n_layer", 3, "--max_lr", 1e-2, "--max_steps", 160, "--checkpoint_every", 40, "--log_dir", log_dir)
+    small = read_log(log_dir, "val")
+    assert small[0] == pytest.approx(math.log(1024), abs=0.2) and small[160] < small[0] - 1.2
+    first = meta["shards"]["edufineweb_val_000000.npy"]
+    assert read_log(log_dir, "val_bpb")[160] == pytest.approx(small[160] / math.log(2) * first["tokens"] / first["bytes"], rel=1e-5)
+
+    process = start(
+        *flags, "--init_from", f"{log_dir}/model_001[26]0.pt", "--n_layer", 4, "--dropout", 0.1, "--zero", "--max_lr", 2e-3, "--max_steps", 40,
+        "--checkpoint_every", 10, "--log_dir", grown, until="step    23 | loss", ranks=2,
+    )  # fmt: skip
+    subprocess.run(["pkill", "-KILL", "-f", str(grown)])  # torchrun and both ranks
+    process.communicate()
+    step = load(grown / "latest.pt")["step"]
+    assert step >= 20 and load(grown / "latest.pt")["config"]["n_layer"] == 4
+    done = succeed("--resume", "--max_lr", 5e-4, "--max_steps", 60, "--sample_every", 60, "--log_dir", grown)
+    assert "max_lr was 0.002, is 0.0005" in done.stdout and "dropout was" not in done.stdout
+    assert "sample 4: Hello, I'm a language model," in done.stdout
+    val, rates = read_log(grown, "val"), read_log(grown, "lr")
+    assert small[0] - 1 > val[0] > val[60]
+    assert rates[step] == pytest.approx(5e-4) and list(rates) == list(range(60))
+
+    model = GPT.from_checkpoint(grown / "model_00060.pt")
+    model.save_pretrained(tmp_path / "hf")
+    from transformers import AutoTokenizer
+
+    theirs, text = AutoTokenizer.from_pretrained(tmp_path / "hf"), "The clerk    went\n\tdown to the tide."
+    assert theirs(text)["input_ids"] == get_tokenizer(str(tokens / "tokenizer.json")).encode_ordinary(text)
+    assert GPT.from_pretrained(tmp_path / "hf").config.n_tokens == 1002 and theirs.eos_token_id == 0
+    results = harness(tmp_path / "hf", tmp_path, monkeypatch)
+    assert 0 <= results["toy_piqa"]["acc,none"] <= 1 and 0 <= results["toy_hellaswag"]["acc_norm,none"] <= 1
+
+    def nats(ids, first):  # loss of all tokens from the `first` on, added up
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[:-1]]))[0][0, first - 1 :, :1002]
+        return torch.nn.functional.cross_entropy(logits, torch.tensor(ids[first:]), reduction="sum").item()
+
+    def encode(text):
+        return theirs(text)["input_ids"]
+
+    lambada, pile = ([json.loads(line)["text"] for line in open(tmp_path / "tasks" / f"{name}.jsonl")] for name in ("lambada_openai", "pile_10k"))
+    words = [nats(encode(text), len(encode(text.rsplit(" ", 1)[0]))) for text in lambada]
+    assert results["toy_lambada_openai"]["perplexity,none"] == pytest.approx(math.exp(sum(words) / len(words)), rel=1e-3)
+    bits = sum(nats([0, *encode(text)], 1) for text in pile) / math.log(2) / sum(len(text.encode()) for text in pile)
+    assert results["toy_pile_10k"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-3)
