@@ -33,17 +33,21 @@ def standard_library(path):
     path.write_text("<|endoftext|>".join(files[i].read_text(encoding="utf-8") for i in order), encoding="utf-8")
 
 
-def train(optimizer, lr, seed, args, data, directory):
-    """One training in a process of one thread; returns its validation losses, one every args.steps // 25 steps."""
-    log_dir = Path(directory, f"{optimizer}-{lr}-{seed}")
-    flags = {"data": data, "model": "tiny", "optimizer": optimizer, "max_lr": lr, "seed": seed, "max_steps": args.steps,
-             "warmup_steps": args.steps // 10, "val_every": max(args.steps // 25, 1), "val_tokens": 4096, "sample_every": 0,
-             "checkpoint_every": 0, "dtype": args.dtype, "device": args.device, "log_dir": log_dir}  # fmt: skip
-    script = Path(sys.path[0], "train_gpt2.py")
+def train(log_dir, steps, device="cpu", **flags):
+    """
+    One training of the tiny preset, or what the flags make of it, in a process of one thread. Returns {step: validation
+    loss} for 25 steps, the first and the last.
+    """
+    flags |= {"model": "tiny", "max_steps": steps, "warmup_steps": steps // 10, "val_every": max(steps // 25, 1), "device": device,
+              "val_tokens": 4096, "sample_every": 0, "checkpoint_every": steps, "log_dir": log_dir}  # fmt: skip
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    subprocess.run([sys.executable, script, *words], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    lines = (line.split() for line in (log_dir / "log.txt").read_text().splitlines())
-    return [float(value) for _, stream, value in lines if stream == "val"]
+    done = subprocess.run(
+        [sys.executable, Path(sys.path[0], "train_gpt2.py"), *words], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    if done.returncode:
+        sys.exit(done.stderr)
+    lines = (line.split() for line in Path(log_dir, "log.txt").read_text().splitlines())
+    return {int(step): float(value) for step, stream, value in lines if stream == "val"}
 
 
 def main():
@@ -62,10 +66,15 @@ def main():
         data = Path(args.data or Path(directory, "stdlib.txt")).resolve()
         if not args.data:
             standard_library(data)
-        runs = [*tqdm(pool.map(lambda job: train(*job, args, data, directory), jobs), total=len(jobs))]
-    every = max(args.steps // 25, 1)
-    steps = np.minimum(np.arange(len(runs[0])) * every, args.steps)
-    losses = {s: np.array([run for job, run in zip(jobs, runs) if job[:2] == s]) for s in settings}  # (seeds, validations)
+
+        def job(setting):
+            optimizer, lr, seed = setting
+            more = {"data": data, "optimizer": optimizer, "max_lr": lr, "seed": seed, "dtype": args.dtype, "device": args.device}
+            return train(Path(directory, f"{optimizer}-{lr}-{seed}"), args.steps, **more)
+
+        runs = [*tqdm(pool.map(job, jobs), total=len(jobs))]
+    steps = np.array(list(runs[0]))
+    losses = {s: np.array([list(run.values()) for job, run in zip(jobs, runs) if job[:2] == s]) for s in settings}  # (seeds, validations)
     final = {s: curves[:, -1].mean() for s, curves in losses.items()}
     best = min((s for s in settings if s[0] == "adamw"), key=final.get)
     marks = {"lecture": final["adamw", args.lrs[0]], "best": final[best]}

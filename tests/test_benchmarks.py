@@ -32,3 +32,12 @@ def test_learning_rates_are_compared(tmp_path):
     assert finals.keys() == {(optimizer, lr) for optimizer in ("adamw", "muon") for lr in ("0.0006", "0.002")}
     assert all(loss < 10.7 for loss in finals.values()) and finals["adamw", "0.002"] < finals["adamw", "0.0006"]
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_grown_model_is_compared_with_one_from_scratch(tmp_path):
+    flags = ["--data", ROOT / "input.txt", "--layers", 1, 2, "--seeds", 1, "--steps", 10]
+    said = run("warm_start.py", *flags, "--out", tmp_path / "chart.png").splitlines()
+    losses = {line[:24].strip(): [float(word) for word in line[24:].split()] for line in said[1:4]}
+    (_, before, _), (start, _, _), (fresh, _, _) = losses["1 layers"], losses["2 layers, grown"], losses["2 layers, from scratch"]
+    assert abs(start - before) < 0.1 < fresh - start and "final loss of the one from scratch after" in said[4]
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, make_tokens
 
-from train_gpt2 import EOT, DataLoaderLite, ShuffledShard, UserError, find_shards, load_text
+from train_gpt2 import EOT, DataLoaderLite, ShuffledShard, UserError, find_shards, get_tokenizer, load_text
 
 T = 16
 
@@ -102,7 +102,8 @@ def test_one_shard_and_steps_longer_than_an_epoch(tmp_path):
 def test_text_file_splits_and_documents(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("abcdefgh<|endoftext|>ijklmnXYZ")  # 30 characters: 27 to train, 3 to validate
-    splits, tokenizer, bytes_per_token = load_text(path)
+    splits, vocabulary, bytes_per_token = load_text(path)
+    tokenizer = get_tokenizer(vocabulary["tokenizer"])
     (train,), (val,) = (list(splits[s].values()) for s in ("train", "val"))
     assert train.dtype == np.uint16
     assert train.tolist().count(EOT) == 2 and train[0] == EOT

@@ -1,0 +1,84 @@
+"""
+What is a finished small model worth to a larger one? The tiny preset with 3 layers, trained to the end, is grown to 4
+layers (every layer j begins as layer floor(j * 3 / 4)) and trained on, beside one of 4 layers from scratch; three seeds.
+
+    python benchmarks/warm_start.py                            # Python's standard library as text, 12 minutes on 2 cores
+    python benchmarks/warm_start.py --data input.txt --steps 100 --seeds 1
+
+Prints the losses, how many steps the grown model needs for the final loss of the one from scratch, and draws both.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.learning_rate import standard_library, train
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="text file or directory of shards (Python's standard library)")
+    parser.add_argument("--layers", type=int, nargs=2, default=[3, 4], help="of the small and the large model (%(default)s)")
+    parser.add_argument("--max_lr", type=float, default=2e-3, help="of all three (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=250, help="of each training (%(default)s)")
+    parser.add_argument("--out", default="warm_start.png", help="the chart (%(default)s)")
+    args = parser.parse_args()
+    small, large = args.layers
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(os.cpu_count()) as pool:
+        data = Path(args.data or Path(directory, "stdlib.txt")).resolve()
+        if not args.data:
+            standard_library(data)
+        common = {"data": data, "max_lr": args.max_lr, "dtype": "bfloat16"}
+
+        def grown(seed):  # the small one first
+            first = Path(directory, f"small-{seed}")
+            before = train(first, args.steps, seed=seed, n_layer=small, **common)
+            after = train(Path(directory, f"grown-{seed}"), args.steps, seed=seed, n_layer=large, init_from=first / "latest.pt", **common)
+            return before, after
+
+        def scratch(seed):
+            return train(Path(directory, f"scratch-{seed}"), args.steps, seed=seed, n_layer=large, **common)
+
+        jobs = [pool.submit(way, seed) for seed in range(args.seeds) for way in (grown, scratch)]
+        runs = [job.result() for job in tqdm(jobs)]
+    steps = np.array(list(runs[1]))
+    befores, afters = zip(*runs[::2])
+    curves = {f"{small} layers": befores, f"{large} layers, grown": afters, f"{large} layers, from scratch": runs[1::2]}
+    curves = {name: np.array([list(run.values()) for run in seeds]) for name, seeds in curves.items()}
+    print(f"{'validation loss':24} {'at step 0':>9} {'at the end':>10} {'std':>6}")
+    for name, losses in curves.items():
+        print(f"{name:24} {losses[:, 0].mean():9.4f} {losses[:, -1].mean():10.4f} {losses[:, -1].std():6.4f}")
+    _, after, fresh = (losses.mean(axis=0) for losses in curves.values())
+    passed = np.flatnonzero(after <= fresh[-1])
+    when = f"after {steps[passed[0]]} of {args.steps} steps" if len(passed) else "not"
+    print(f"the grown model has the final loss of the one from scratch {when}")
+
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for (name, losses), color in zip(curves.items(), ("#999999", "#d0701c", "#3465a4")):
+        at = steps - args.steps if name == f"{small} layers" else steps
+        ax.plot(at, losses.mean(axis=0), color=color, label=f"{name}: {losses[:, -1].mean():.3f}")
+        ax.fill_between(at, losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.2, lw=0)
+    ax.axhline(fresh[-1], color="#3465a4", ls=":", lw=1)
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set(xlabel="steps of the larger model", ylabel="validation loss (nats a token)")
+    ax.set_ylim(min(after.min(), fresh.min()) - 0.2, fresh[len(steps) // 8] + 0.5)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, title="mean and range over seeds; final loss")
+    fig.savefig(args.out, dpi=110)
+    print(f"chart in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
