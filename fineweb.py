@@ -4,7 +4,7 @@ FineWeb-Edu, or any documents, into shards of tokens for train_gpt2.py.
     python fineweb.py                                           # 10 billion tokens from the hub, into edu_fineweb10B/
     python fineweb.py --input 'docs/**/*.txt' --out docs_tokens --shard_size 1000000
     python fineweb.py --dataset NAME --config NAME --out DIR    # another data set of the hub, or a local folder of one
-    python fineweb.py --mix 'books/*.jsonl:0.25' 'web/*.parquet:1.0' --out DIR    # a quarter of one's documents, all of the other's
+    python fineweb.py --mix 'books/*.jsonl:0.25' 'web/*.parquet:1.0' --out DIR    # a quarter of the books, all of the web
 
 A document is the end-of-text token, then the tokens of its text. All documents in a row, in the order of their files,
 are cut into shards of exactly --shard_size tokens, the last one shorter; shard 0 is for validation.
@@ -140,7 +140,7 @@ def tokenize(number, unit, column):
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json of Hugging Face, or the directory of one, with the methods of a tiktoken.Encoding. Byte-level BPE only."""
+    """A byte-level BPE of Hugging Face, tokenizer.json or its directory, with the methods of a tiktoken.Encoding."""
 
     def __init__(self, path):
         from tokenizers import Tokenizer  # comes with transformers
@@ -255,7 +255,7 @@ def read_mix(words):
 
 
 def tokenize_all(units, first, column, tokenizer, workers):
-    """What `tokenize` returns for each unit from `first` on, in order; at most three a worker under way: memory is bounded."""
+    """What `tokenize` returns for each unit from `first` on, in order. At most three a worker are under way."""
     spawn = multiprocessing.get_context("spawn")  # the way that every system has
     executor = ProcessPoolExecutor(workers, spawn, start_worker, (tokenizer,))
     waiting = deque()
@@ -355,7 +355,7 @@ def write_shards(out, meta, units, tokenizer, workers):
 def main(argv=None):
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", metavar="FILE", help=".parquet, .jsonl, .txt (one document); patterns too")
-    parser.add_argument("--mix", nargs="+", metavar="PATTERN:SHARE", help="the given share of each pattern's documents, mixed")
+    parser.add_argument("--mix", nargs="+", metavar="PATTERN:SHARE", help="a share of each pattern's documents, mixed")
     parser.add_argument("--dataset", default="HuggingFaceFW/fineweb-edu", help="of the hub (HuggingFaceFW/fineweb-edu)")
     parser.add_argument("--config", help="which of the data set's configurations (of fineweb-edu: sample-10BT)")
     parser.add_argument("--column", default="text", help="where .parquet and .jsonl have the text (text)")
@@ -367,7 +367,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.input and args.mix:
         raise UserError("--input and --mix both say what to read: give one of them")
-    if not args.input and not args.mix and args.dataset == parser.get_default("dataset") and args.config in (None, "sample-10BT"):
+    default = not (args.input or args.mix) and args.dataset == parser.get_default("dataset")
+    if default and args.config in (None, "sample-10BT"):
         args.config, args.out = "sample-10BT", args.out or "edu_fineweb10B"
     if args.out is None:
         raise UserError("--out DIR is missing: where shall the shards go?")
@@ -389,13 +390,14 @@ def main(argv=None):
     for path in paths:
         if Path(path).suffix not in READERS:
             raise UserError(f"{path}: its name must end in {', '.join(READERS)}")
+    hub = ["dataset", "config"]
     own = [tokenizer.path] if isinstance(tokenizer, HuggingFaceTokenizer) else []  # a tokenizer that goes with the shards
     stats = "\n".join(f"{Path(p).name} {os.stat(p).st_size} {os.stat(p).st_mtime_ns}" for p in [*paths, *own])
     out = Path(args.out)
     meta = open_meta(out, {
         "tokenizer": "tokenizer.json" if own else tokenizer.name, "vocab_size": tokenizer.n_vocab,
         "eot": tokenizer.eot_token, "shard_size": args.shard_size, "column": args.column,
-        "source": {name: getattr(args, name) for name in ("input", "mix", "dataset", "config") if getattr(args, name)},
+        "source": {name: getattr(args, name) for name in (["mix"] if args.mix else ["input"] if args.input else hub)},
         "sources": {name: {"share": share, "files": len(paths)} for name, share, paths in sources},
         "files_sha256": hashlib.sha256(stats.encode()).hexdigest(),
     })  # fmt: skip

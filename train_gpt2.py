@@ -276,7 +276,8 @@ class GPT(nn.Module):
             raise UserError(f"{name_or_dir} is not a GPT-2 language model: give a released name or its directory")
         config = GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
         if c.vocab_size != VOCAB_SIZE:  # another tokenizer's
-            config = replace(config, tokenizer=str(name_or_dir), n_tokens=c.vocab_size, eot=c.eos_token_id)
+            eot = EOT if c.eos_token_id is None else c.eos_token_id
+            config = replace(config, tokenizer=str(name_or_dir), n_tokens=c.vocab_size, eot=eot)
         model = cls(config)
         model.load_state_dict(transpose_conv1d(hf.float().state_dict()))
         return model.eval()
@@ -316,7 +317,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path):
-        """The model in a .pt file that training wrote, in evaluation mode. UserError when the file is damaged or something else."""
+        """The model in a .pt file that training wrote, in evaluation mode. UserError if the file is damaged."""
         checkpoint = load_checkpoint(path)
         model = cls(GPTConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
@@ -401,7 +402,7 @@ PRESETS = {
 # Data: from a text file or from shards (what fineweb.py writes) to batches of rows.
 
 
-# GPT-2's vocabulary begins with the 256 bytes, those that print (in Latin-1) first: {character that stands for it: byte}.
+# GPT-2's vocabulary begins with the 256 bytes, those that print (in Latin-1) first: {character that is written: byte}.
 BYTES = {chr(b): b for b in (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256))}
 BYTES |= {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(BYTES.values())))}
 
@@ -445,7 +446,8 @@ def load_text(path):
         documents = tokenizer.encode_ordinary_batch(texts)
         tokens = np.array([t for document in documents for t in (EOT, *document)], dtype=np.uint16)
         splits[split] = {f"{path} ({split} split)": tokens}
-    return splits, {"tokenizer": tokenizer.name, "n_tokens": VOCAB_SIZE, "eot": EOT}, sum(len(text.encode()) for text in texts) / len(tokens)
+    vocabulary = {"tokenizer": tokenizer.name, "n_tokens": VOCAB_SIZE, "eot": EOT}
+    return splits, vocabulary, sum(len(text.encode()) for text in texts) / len(tokens)
 
 
 def load_shard(shard, mmap_mode=None):
@@ -601,7 +603,7 @@ class Args:
 
     data: str = flag("directory of shards, or text file (edu_fineweb10B/ where it has shards, else input.txt)")
     model: str = flag("preset, listed below (gpt2 for shards, tiny for a text file)")
-    init_from: str = flag("begin with these weights: a released name, a Hugging Face directory, a .pt file, or 'several*.pt'")
+    init_from: str = flag("weights to begin with: a released name, Hugging Face directory, .pt file, or 'several*.pt'")
     n_layer: int = flag("layers (preset); with --init_from more than it has make it grow")
     n_head: int = flag("attention heads (preset)")
     n_embd: int = flag("width (preset)")
@@ -827,7 +829,8 @@ def evaluate(model, loader, rows, device, autocast):
 def print_samples(model, tokenizer, args, device, autocast):
     """Let each rank continue the prompt a few times. Where a token is one byte, four times as far."""
     generator = torch.Generator(device).manual_seed(42 + RANK)
-    prompt = torch.tensor(tokenizer.encode_ordinary(args.prompt) or [tokenizer.eot_token], device=device).expand(args.num_samples, -1)
+    prompt = tokenizer.encode_ordinary(args.prompt) or [tokenizer.eot_token]
+    prompt = torch.tensor(prompt, device=device).expand(args.num_samples, -1)
     length = args.max_new_tokens * (4 if tokenizer.name == "bytes" else 1)
     with autocast:
         rows = model.generate(prompt, length, args.top_k, generator, args.temperature)
@@ -922,8 +925,8 @@ def main():
         start_step, before = latest["step"], latest["args"]
         if start_step > args.max_steps:
             raise UserError(f"--resume: {log_dir} is at step {start_step}: raise --max_steps {args.max_steps}")
-        if before["optimizer"] != args.optimizer:
-            raise UserError(f"--resume: {log_dir} was trained with {before['optimizer']}: give --optimizer {before['optimizer']}")
+        if (was := before["optimizer"]) != args.optimizer:
+            raise UserError(f"--resume: {log_dir} was trained with {was}: give --optimizer {was}")
         for optimizer, state in zip(optimizers, latest["optimizers"]):
             restore(optimizer, state)
         # A rate that was changed by hand begins a schedule of its own, here.
