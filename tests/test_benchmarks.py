@@ -19,7 +19,7 @@ def run(name, *flags):
 def test_every_rung_of_the_ladder_has_the_same_loss():
     """One of each kind; the vocabulary's 47 padding columns add a thousandth."""
     small = ["--device", "cpu", "--n_layer", 1, "--n_head", 2, "--n_embd", 32, "--T", 64, "--B", 2, "--steps", 1]
-    rungs = "float32", "bfloat16 autocast", "torch.compile", "fused AdamW", "freed memory kept", "all but compile", "plain eager"
+    rungs = "float32", "bfloat16 autocast", "freed memory kept", "all but compile", "plain eager"
     results = [json.loads(run("speed_ladder.py", *small, "--rung", rung)) for rung in rungs]
     assert all(len(result["ms"]) == 1 and result["MB"] > 0 for result in results)
     assert [result["loss"] for result in results] == pytest.approx([results[0]["loss"]] * len(rungs), abs=2e-3)
