@@ -1,7 +1,7 @@
 """
 What a step teaches: short trainings of the tiny preset with AdamW and Muon at several learning rates, three seeds each.
 
-    python benchmarks/learning_rate.py                         # Python's standard library as text, 20 minutes on 2 cores
+    python benchmarks/learning_rate.py                         # Python's standard library as text, half an hour on 2 cores
     python benchmarks/learning_rate.py --data input.txt --steps 100 --seeds 1
 
 Prints the validation loss at the end, mean and standard deviation over seeds, and after what share of the steps each

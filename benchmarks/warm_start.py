@@ -2,7 +2,7 @@
 What is a finished small model worth to a larger one? The tiny preset with 3 layers, trained to the end, is grown to 4
 layers (every layer j begins as layer floor(j * 3 / 4)) and trained on, beside one of 4 layers from scratch; three seeds.
 
-    python benchmarks/warm_start.py                            # Python's standard library as text, 12 minutes on 2 cores
+    python benchmarks/warm_start.py                            # Python's standard library as text, 8 minutes on 2 cores
     python benchmarks/warm_start.py --data input.txt --steps 100 --seeds 1
 
 Prints the losses, how many steps the grown model needs for the final loss of the one from scratch, and draws both.
