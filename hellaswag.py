@@ -13,9 +13,9 @@ Notable choices:
   behind it do not see each other; items of like length go together; and logits, a third of a small model's work, are
   made only where a token of an ending is predicted.
 - Contamination is GPT-3's test (paper, appendix C): an item is found where 13 of its words in a row are. Words are
-  tokens here, since the shards are tokens: GPT-2's BPE never joins two words, so the same words are the same tokens
-  wherever they stand. Case, punctuation and white space are ignored, token by token; a word that is written in capitals
-  may be cut into other tokens and is missed.
+  tokens here, those with a letter or digit, since the shards are tokens: GPT-2's BPE never joins two words, so that the
+  same words behind spaces are the same tokens. Case, punctuation and white space are ignored, token by token. Missed is
+  what is cut into other tokens: a word in capitals, or one that begins a text or follows a quotation mark.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def load_items(path, tokenizer, block_size=2**20, limit=None):
     block_size loses the beginning of its context. UserError names a bad line.
     """
     if tokenizer is None:
-        raise UserError("HellaSwag needs GPT-2's merges, which can't be downloaded: see TIKTOKEN_CACHE_DIR in the README")
+        raise UserError("HellaSwag needs GPT-2's merges, which can't be downloaded: set TIKTOKEN_CACHE_DIR to a folder of them")
     items, cut = [], 0
     for number, line in enumerate(Path(path).read_bytes().splitlines()[:limit], 1):
         try:

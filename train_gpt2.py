@@ -136,8 +136,9 @@ class Block(nn.Module):
 
 class HeadLoss(torch.autograd.Function):
     """
-    Mean cross entropy (nats) of the head's predictions, and its gradients with it. The logits of all tokens would be the
-    largest tensor of training by far, and are only a way to a number: a chunk of them is made, read, and forgotten.
+    Mean cross entropy (nats) of the head's predictions. The logits of all tokens would be the largest tensor of training
+    by far, and are only a way to a number: a chunk of them is made, read, and forgotten. Therefore the gradients are
+    computed in forward, for the sum of the losses; all that backward has to do is to scale them.
     """
 
     @staticmethod
@@ -334,8 +335,8 @@ def load_model(source):
         model = GPT.from_checkpoint(first)
         for n, path in enumerate(more, 2):
             other = GPT.from_checkpoint(path)
-            if other.config != model.config:
-                raise UserError(f"{path} and {first} are models of different shapes: no mean of them makes sense")
+            if any(getattr(other.config, name) != getattr(model.config, name) for name in (*SHAPE, "block_size")):
+                raise UserError(f"{path} and {first} are models of different shapes: leave one of them out")
             for p, q in zip(model.parameters(), other.parameters()):
                 p.data.lerp_(q.data, 1 / n)
         if more:
@@ -356,9 +357,9 @@ def grow(model, n_layer, dropout):
     layers = [j * model.config.n_layer // n_layer for j in range(n_layer)]
     if n_layer > model.config.n_layer:
         print0(f"grown from {model.config.n_layer} to {n_layer} layers, which begin as {', '.join(map(str, layers))}")
-    model.transformer.h = nn.ModuleList(model.transformer.h[i] for i in layers)  # some are the same one, until they
+    model.transformer.h = nn.ModuleList(model.transformer.h[i] for i in layers)  # repeated, not yet copied
     grown = GPT(replace(model.config, n_layer=n_layer, dropout=dropout))
-    grown.load_state_dict(model.state_dict())  # are copied
+    grown.load_state_dict(model.state_dict())
     return grown
 
 
@@ -508,7 +509,7 @@ class ShuffledShard:
         lengths = np.diff(starts, append=len(tokens))[order]
         self.tokens = tokens
         self.ends = np.cumsum(lengths)  # where each document ends in the new order,
-        self.shift = starts[order] - (self.ends - lengths)  # and how far from there its tokens lie
+        self.shift = starts[order] - (self.ends - lengths)  # position in the shard = position in the new order + shift
 
     def read(self, first, count):
         """`count` tokens from position `first` of the new order: uint16 (count,)."""
@@ -665,10 +666,12 @@ def parse_args(argv=None):
         argv = json.loads(config_file.read_text())["command"][1:] + argv  # the later word counts
         args = parser.parse_args(argv, Args())
     args.command = [sys.argv[0], *(word for word in argv if word != "--resume")]
-    args.data = args.data or ("edu_fineweb10B" if any(Path("edu_fineweb10B").glob("*train*.npy")) else "input.txt")
+    if not args.data:
+        args.data = "edu_fineweb10B" if any(Path("edu_fineweb10B").glob("*train*.npy")) else "input.txt"
+        args.command += ["--data", args.data]  # what else there may be when this run is resumed
     if not Path(args.data).exists():
         raise UserError(f"--data {args.data} does not exist: give a directory of shards or a text file")
-    # Weights bring their shape along; a preset that is named besides may be deeper.
+    # Weights bring their shape along, and what is typed must agree with it, a preset too; only layers may be more.
     brought = () if not (args.init_from or args.resume) else ("vocab_size",) if args.model else SHAPE
     args.model = args.model or ("gpt2" if Path(args.data).is_dir() else "tiny")
     if args.model not in PRESETS:
@@ -760,7 +763,7 @@ def load_checkpoint(path):
     """The dict in a .pt file that training wrote, on the CPU; plain data only, no code is run. UserError if damaged."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint | {"config": checkpoint["config"]}
+        return checkpoint | {"config": checkpoint["config"]}  # KeyError for a file of something else
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError):
@@ -773,7 +776,7 @@ def restore(optimizer, state):
     optimizer.load_state_dict(state)
     for group, values in zip(optimizer.param_groups, flags):
         group.update(values)
-    if shard := getattr(optimizer, "optim", None):  # a ZeroRedundancyOptimizer's loader keeps a second copy of it all,
+    if shard := getattr(optimizer, "optim", None):  # a ZeroRedundancyOptimizer's loader keeps a second copy,
         optimizer.state.clear()
         for p, moments in shard.state.items():  # and puts AdamW's step on the CPU, where its fused kernel does not look
             moments.update({name: t.to(p.device) for name, t in moments.items()})
@@ -881,6 +884,7 @@ def main():
             if wanted not in (None, has) and not (name == "n_layer" and wanted > has and not args.resume):
                 raise UserError(f"{origin} has {name} {has}, not {wanted}: leave that out (only --init_from adds layers)")
         model = grow(source, args.n_layer or source.config.n_layer, args.dropout)
+        del source
     else:
         shape = {name: getattr(args, name) for name in SHAPE}
         model = GPT(GPTConfig(PRESETS[args.model]["T"], **shape, dropout=args.dropout))
@@ -893,6 +897,13 @@ def main():
     # Data: what a step reads depends on its number alone.
     data = load_text(args.data) if Path(args.data).is_file() else find_shards(args.data, args.val_tokens)
     splits, vocabulary, bytes_per_token = data
+    if origin and model.config.eot != vocabulary["eot"]:
+        raise UserError(f"{origin} and {args.data} have different tokenizers: their ends of text are different tokens")
+    if origin and {model.config.tokenizer, vocabulary["tokenizer"]} == {"gpt2", "bytes"}:
+        told = f"{origin} was trained on tokens of {model.config.tokenizer}, {args.data} has {vocabulary['tokenizer']}"
+        if args.resume:
+            raise UserError(f"--resume: {told}: can GPT-2's merges be had, as before?")
+        print0(f"warning: {told}")
     config = model.config = replace(model.config, **vocabulary)
     tokenizer = get_tokenizer(config.tokenizer)
     layout = (args.B, args.T, RANK, WORLD_SIZE, min(config.vocab_size, config.n_tokens))
@@ -909,7 +920,7 @@ def main():
     items = [None]
     if args.hellaswag_every and RANK == 0:
         try:
-            items = [hellaswag.load_items(hellaswag.download("val"), tokenizer)]
+            items = [hellaswag.load_items(hellaswag.download("val"), tokenizer, config.block_size)]
         except (UserError, OSError) as e:
             print(f"warning: {e}; training goes on without HellaSwag", flush=True)
     if args.hellaswag_every and WORLD_SIZE > 1:
@@ -929,16 +940,19 @@ def main():
             raise UserError(f"--resume: {log_dir} was trained with {was}: give --optimizer {was}")
         for optimizer, state in zip(optimizers, latest["optimizers"]):
             restore(optimizer, state)
-        # A rate that was changed by hand begins a schedule of its own, here.
-        same_rate = all(before[name] == settings[name] for name in ("max_lr", "min_lr"))
-        settings["schedule_start"] = before.get("schedule_start", 0) if same_rate else start_step
+        settings["schedule_start"] = before.get("schedule_start", 0)
+        if before["max_lr"] != args.max_lr:  # changed by hand: a cosine of its own begins here
+            settings["schedule_start"] = start_step
         for name, was in before.items():
             if settings.get(name) != was and name not in ("resume", "B"):
                 print0(f"--resume: {name} was {was}, is {settings.get(name)}")
+        del latest  # gigabytes
     schedule_start = settings["schedule_start"]
     warmup_steps = 0 if schedule_start else args.warmup_steps  # a model that was trained so far needs none
     train_loader.seek(start_step * rows_per_step)
 
+    if WORLD_SIZE > 1:
+        dist.barrier()  # all have read what they need of log_dir, which may be moved aside now
     if RANK == 0 and args.max_steps > 0:  # --max_steps 0 only looks at a model: no files
         name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} x {os.cpu_count()}"
         here = Path(__file__).resolve().parent
@@ -954,7 +968,8 @@ def main():
     # Two names for the same weights: `model` is evaluated and saved, `train_model` is compiled and synchronised.
     train_model = torch.compile(model) if args.compile else model
     if WORLD_SIZE > 1:
-        train_model = DDP(train_model, device_ids=[LOCAL_RANK] if args.device == "cuda" else None)
+        gpus = [LOCAL_RANK] if args.device == "cuda" else None
+        train_model = DDP(train_model, device_ids=gpus, gradient_as_bucket_view=True)  # else each gradient is there twice
 
     def save(step, name, **more):
         if RANK == 0:
@@ -965,11 +980,13 @@ def main():
         if zero:  # rank 0 gets the others' part of the state
             for optimizer in optimizers:
                 optimizer.consolidate_state_dict()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()  # it copies without waiting
         if RANK == 0:
             save(step, "latest.pt", optimizers=[o.state_dict() for o in optimizers], args=settings)
 
     signals = []  # Ctrl-C and SIGTERM finish the step, save and end
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM) if args.max_steps > 0 else ():
         signal.signal(number, lambda number, frame: signals.append(number))
 
     n_params = sum(p.numel() for p in model.parameters())
@@ -982,34 +999,33 @@ def main():
         f"a step is {args.total_batch_size:,} tokens: {args.B} rows of {args.T} x {grad_accum_steps} micro steps x "
         f"{WORLD_SIZE} ranks; {args.device}, {args.dtype}{', compiled' if args.compile else ''}; log in {log_dir}"
     )
-    def due(every):
-        return every and (step % every == 0 or last)
+
+    def report(step, **figures):
+        print0(f"step {step:5d} | " + " | ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+        if args.max_steps > 0:
+            log(log_dir, step, **figures)
+
+    def due(every, step):
+        return every and (step % every == 0 or step == args.max_steps)
 
     begin = time.time()
     for step in range(start_step, args.max_steps + 1):
-        last = step == args.max_steps
         # Evaluate, sample, save: the model after `step` steps.
         val_loss = None
-        if args.val_every and (due(args.val_every) or due(args.checkpoint_every)):
+        if args.val_every and (due(args.val_every, step) or due(args.checkpoint_every, step)):
             val_loss = evaluate(model, val_loader, val_rows, device, autocast)
-            figures = {"val": val_loss}
-            if bytes_per_token:
-                figures["val_bpb"] = val_loss / math.log(2) / bytes_per_token  # comparable across tokenizers
-            print0(f"step {step:5d} | " + " | ".join(f"{name} {value:.4f}" for name, value in figures.items()))
-            if args.max_steps > 0:
-                log(log_dir, step, **figures)
-        if items[0] and due(args.hellaswag_every):
+            # Bits per byte are comparable across tokenizers.
+            bits = {"val_bpb": val_loss / math.log(2) / bytes_per_token} if bytes_per_token else {}
+            report(step, val=val_loss, **bits)
+        if items[0] and due(args.hellaswag_every, step):
             guesses = hellaswag.evaluate(model, items[0], device, autocast)
-            _, acc_norm = hellaswag.accuracy(guesses, items[0], device)
-            print0(f"step {step:5d} | hella {acc_norm:.4f}")
-            if args.max_steps > 0:
-                log(log_dir, step, hella=acc_norm)
-        if due(args.sample_every) and (step > 0 or last):
+            report(step, hella=hellaswag.accuracy(guesses, items[0], device)[1])
+        if due(args.sample_every, step) and (step > 0 or args.max_steps == 0):
             print_samples(model, tokenizer, args, device, autocast)
-        if due(args.checkpoint_every) and step > start_step:
+        if due(args.checkpoint_every, step) and step > 0:
             save(step, f"model_{step:05d}.pt", val_loss=val_loss)
             save_latest(step)
-        if last:
+        if step == args.max_steps:
             break
 
         # One step.
@@ -1018,8 +1034,9 @@ def main():
         for micro_step in range(grad_accum_steps):
             try:
                 x, y = train_loader.next_batch()
-            except UserError:  # a bad shard, met in mid run: every rank meets it now, and nothing is lost
-                save_latest(step)
+            except UserError:  # a bad shard, met in mid run. Several ranks can't save: the others may not have met it yet
+                if WORLD_SIZE == 1:
+                    save_latest(step)
                 raise
             if device.type == "cuda":
                 x, y = x.pin_memory(), y.pin_memory()
@@ -1048,7 +1065,7 @@ def main():
 
         (loss, stop_now), norm = figures.tolist(), norm.item()
         if not math.isfinite(loss + norm):
-            raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: begin again with a lower --max_lr")
+            raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: lower --max_lr, and begin again or --resume")
         eta = timedelta(seconds=round((time.time() - begin) / (step + 1 - start_step) * (args.max_steps - step - 1)))
         speed = args.total_batch_size / dt
         mfu = f" | mfu {flops * speed / (peak * WORLD_SIZE):.1%}" if peak else ""
@@ -1060,7 +1077,7 @@ def main():
         if stop_now:
             if args.checkpoint_every:
                 save_latest(step + 1)
-            print0(f"stopped after step {step}; --resume goes on")
+            print0(f"stopped after step {step}" + "; --resume goes on" * bool(args.checkpoint_every))
             break
     if WORLD_SIZE > 1:
         dist.destroy_process_group()

@@ -26,11 +26,11 @@ def test_every_rung_of_the_ladder_has_the_same_loss():
 
 
 def test_learning_rates_are_compared(tmp_path):
-    flags = ["--data", ROOT / "input.txt", "--lrs", 6e-4, 2e-3, "--seeds", 1, "--steps", 10, "--dtype", "float32"]
+    flags = ["--data", ROOT / "input.txt", "--lrs", 2e-3, "--seeds", 1, "--steps", 10, "--dtype", "float32"]
     said = run("learning_rate.py", *flags, "--out", tmp_path / "chart.png").splitlines()
-    finals = {tuple(line.split()[:2]): float(line.split()[2]) for line in said[1:5]}
-    assert finals.keys() == {(optimizer, lr) for optimizer in ("adamw", "muon") for lr in ("0.0006", "0.002")}
-    assert all(loss < 10.7 for loss in finals.values()) and finals["adamw", "0.002"] < finals["adamw", "0.0006"]
+    finals = {tuple(line.split()[:2]): float(line.split()[2]) for line in said[1:3]}
+    assert finals.keys() == {("adamw", "0.002"), ("muon", "0.002")} and all(loss < 10.5 for loss in finals.values())
+    assert said[1].split()[-1] == "100%"  # of its own steps
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -250,6 +250,8 @@ def test_the_recipe_from_documents_to_the_harness(corpora, tmp_path, monkeypatch
     theirs, text = AutoTokenizer.from_pretrained(tmp_path / "hf"), "The clerk    went\n\tdown to the tide."
     assert theirs(text)["input_ids"] == get_tokenizer(str(tokens / "tokenizer.json")).encode_ordinary(text)
     assert GPT.from_pretrained(tmp_path / "hf").config.n_tokens == 1002 and theirs.eos_token_id == 0
+    done = train("--data", ROOT / "input.txt", "--init_from", tmp_path / "hf", "--T", 64, "--max_steps", 0)
+    assert done.returncode == 2 and "different tokenizers" in done.stderr
     results = harness(tmp_path / "hf", tmp_path, monkeypatch)
     assert 0 <= results["toy_piqa"]["acc,none"] <= 1 and 0 <= results["toy_hellaswag"]["acc_norm,none"] <= 1
 

@@ -13,7 +13,7 @@ from conftest import ROOT, TINY, environment, free_port, needs_bpe, read_log, su
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hellaswag
-from train_gpt2 import EOT, GPT, UserError, get_tokenizer
+from train_gpt2 import EOT, GPT, GPTConfig, UserError, get_tokenizer
 
 CPU = torch.device("cpu"), torch.autocast("cpu", enabled=False)
 
@@ -108,6 +108,17 @@ def test_one_rank_and_two_count_the_same(hf, items_file, shards, tmp_path):
     first, second = (read_log(tmp_path / f"log{ranks}", "hella") for ranks in (1, 2))
     assert first == second and list(first) == [0, 1]
     assert first[0] == pytest.approx(hellaswag.accuracy(guesses, items)[1], abs=1e-8)
+
+
+def test_items_longer_than_the_context_of_the_model_that_trains(items_file, shards, tmp_path):
+    byte_shards(shards)
+    published(tmp_path, items_file)
+    model = GPT(GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=16))
+    torch.save({"model": model.state_dict(), "config": vars(model.config)}, tmp_path / "small.pt")
+    flags = ["--data", shards, "--init_from", tmp_path / "small.pt", "--device", "cpu", "--T", 16, "--B", 2, "--total_batch_size", 64]
+    flags += ["--max_steps", 1, "--checkpoint_every", 0, "--hellaswag_every", 1, "--log_dir", tmp_path / "log"]
+    assert "their context is cut" in succeed(*flags, cwd=tmp_path).stdout
+    assert list(read_log(tmp_path / "log", "hella")) == [0, 1]
 
 
 def test_evaluations_do_not_touch_training_with_compile_and_two_ranks(items_file, shards, tmp_path):

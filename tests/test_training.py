@@ -184,6 +184,21 @@ def test_init_from_checkpoint_and_hugging_face_directory(shards, tmp_path):
     assert not (tmp_path / "a").exists()  # only looked at, no run
 
 
+def test_resume_remembers_the_flags_and_the_data(shards, tmp_path):
+    """Also where a directory of shards has appeared since, which a new run would take; and a stop at the last step saves all."""
+    (tmp_path / "input.txt").write_text("The tide is what it is. " * 2000)
+    small = [word for word in map(str, TINY) if word != "--data"]
+    flags = [*small, "--max_steps", 8, "--checkpoint_every", 4, "--val_every", 0]
+    succeed(*flags, cwd=tmp_path)
+    (tmp_path / "edu_fineweb10B").symlink_to(shards)
+    (tmp_path / "log" / "model_00008.pt").unlink()
+    done = succeed("--resume", "--max_steps", 10, cwd=tmp_path)
+    assert "input.txt: " in done.stdout and "max_steps was 8, is 10" in done.stdout and "data was" not in done.stdout
+    record = json.loads((tmp_path / "log" / "config.json").read_text())
+    assert record["args"]["n_embd"] == 16 and record["command"].count("--data") == 1
+    assert load(tmp_path / "log" / "model_00010.pt")["step"] == 10
+
+
 def test_a_new_run_keeps_the_files_of_the_one_before(shards, tmp_path):
     flags = ["--data", shards, *RUN, "--max_steps", 1, "--log_dir", tmp_path / "log"]
     succeed(*flags)
