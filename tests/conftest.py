@@ -1,6 +1,7 @@
 """What the tests share: tiny shards, tiny models, and the script started as a person would."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background; what the tests start would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "16", "--T", "16", "--B", "2", "--total_batch_size", "128"]
 TINY += ["--device", "cpu", "--sample_every", "0", "--hellaswag_every", "0", "--warmup_steps", "2", "--max_lr", "1e-2"]
