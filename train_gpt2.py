@@ -134,40 +134,6 @@ class Block(nn.Module):
         return x
 
 
-class HeadLoss(torch.autograd.Function):
-    """
-    Mean cross entropy (nats) of the head's predictions. The logits of all tokens would be the largest tensor of training
-    by far, and are only a way to a number: a chunk of them is made, read, and forgotten. Therefore the gradients are
-    computed in forward, for the sum of the losses; all that backward has to do is to scale them.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, with_grad):
-        """x: float (N, n_embd), weight: float32 (vocab_size, n_embd), targets: int64 (N,). Returns a float32 scalar."""
-        chunk = 512 if x.device.type == "cpu" else 8192  # tokens: near a cache, or enough for every core of a GPU
-        loss = torch.zeros((), device=x.device)
-        dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_grad else (x, None)
-        for x_chunk, target, dx_chunk in zip(x.split(chunk), targets[:, None].split(chunk), dx.split(chunk)):
-            logits = F.linear(x_chunk, weight)
-            p = logits.float()  # bfloat16 has 3 digits, too few for a loss
-            p -= p.amax(dim=1, keepdim=True)
-            at_target = p.gather(1, target)
-            total = p.exp_().sum(dim=1, keepdim=True)
-            loss += (total.log() - at_target).sum()
-            if with_grad:  # softmax minus one-hot
-                p = p.div_(total).scatter_add_(1, target, torch.full_like(total, -1)).to(logits.dtype)
-                dx_chunk.copy_(p @ weight)
-                dw += p.t() @ x_chunk
-        ctx.save_for_backward(dx, dw)
-        return loss / len(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        grad = grad / len(dx)
-        return dx.mul_(grad), dw.mul_(grad), None, None  # in place: memory is fullest now
-
-
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019). Parameters are named as in Hugging Face's GPT2LMHeadModel."""
 
@@ -209,18 +175,16 @@ class GPT(nn.Module):
             x = block(x, mask)
         return self.transformer.ln_f(x)
 
-    def loss(self, x, targets):
-        """Mean cross entropy in nats. x: what `hidden` returned; targets: int64 (B, T)."""
-        return HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled())
-
     def forward(self, idx, targets=None):
         """
-        idx, targets: int64 (B, T). Returns logits (B, T, vocab_size), and the loss if there are targets, else None.
-        While it trains, with targets, the logits are None too.
+        idx, targets: int64 (B, T). Returns logits (B, T, vocab_size), and the mean cross entropy in nats, a float32 scalar,
+        if there are targets, else None.
         """
-        x = self.hidden(idx)
-        logits = None if self.training and targets is not None else self.lm_head(x)
-        return logits, None if targets is None else self.loss(x, targets)
+        logits = self.lm_head(self.hidden(idx))
+        if targets is None:
+            return logits, None
+        # The softmax is computed in float32, because bfloat16 has three digits, too few for a loss.
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, top_k=50, generator=None, temperature=1.0):
@@ -821,7 +785,7 @@ def evaluate(model, loader, rows, device, autocast):
     for first in range(RANK * loader.B, rows, WORLD_SIZE * loader.B):
         x, y = (t[: rows - first].to(device) for t in loader.next_batch())
         with autocast:
-            loss = model.loss(model.hidden(x), y)
+            _, loss = model(x, y)
         total += loss * len(x)
     if WORLD_SIZE > 1:
         dist.all_reduce(total)

@@ -36,11 +36,10 @@ RUNGS = [
     ("flash attention", {"flash": True}, 96),
     ("vocabulary 50,304", {"vocab_size": 50304}, 93),
     ("fused AdamW", {"fused": True}, 90),
-    ("head and loss in chunks", {"chunks": True}, None),
     ("freed memory kept", {"keep": True}, None),
     ("all but compile", {"compile": False}, None),
 ]
-# What the last two are compared with: full float32 logits, AdamW a parameter at a time, nothing compiled.
+# What the last two are compared with: AdamW a parameter at a time, nothing compiled.
 PLAIN = "plain eager"
 
 
@@ -61,18 +60,12 @@ def four_line_attention(q, k, v, mask=None, dropout=0.0, is_causal=True):
     return att.softmax(dim=-1) @ v
 
 
-def plain_loss(self, x, targets):
-    return F.cross_entropy(self.lm_head(x).flatten(0, 1).float(), targets.flatten())
-
-
-def measure(args, vocab_size, tf32=False, bfloat16=False, compile=False, flash=False, fused=False, chunks=False, keep=False):
+def measure(args, vocab_size, tf32=False, bfloat16=False, compile=False, flash=False, fused=False, keep=False):
     """One rung, in this process: {"ms": of each step, "loss": before the first one, "MB": peak memory}."""
     if keep:
         keep_freed_memory()
     if not flash:
         F.scaled_dot_product_attention = four_line_attention
-    if not chunks:
-        GPT.loss = plain_loss
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.manual_seed(42)
     drawn = GPT(GPTConfig(args.T, 50304, args.n_layer, args.n_head, args.n_embd)).state_dict()
