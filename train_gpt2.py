@@ -33,7 +33,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
-from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -291,21 +290,10 @@ class GPT(nn.Module):
 
 def load_model(source):
     """
-    The GPT of a .pt checkpoint, or of several, the mean of their weights (source is a pattern then); of a directory that
-    Hugging Face's save_pretrained wrote; or of a released name.
+    The GPT of a .pt checkpoint, of a directory that Hugging Face's save_pretrained wrote, or of a released name.
     """
     if source.endswith(".pt"):
-        first, *more = sorted(glob(source)) or [source]
-        model = GPT.from_checkpoint(first)
-        for n, path in enumerate(more, 2):
-            other = GPT.from_checkpoint(path)
-            if any(getattr(other.config, name) != getattr(model.config, name) for name in (*SHAPE, "block_size")):
-                raise UserError(f"{path} and {first} are models of different shapes: leave one of them out")
-            for p, q in zip(model.parameters(), other.parameters()):
-                p.data.lerp_(q.data, 1 / n)
-        if more:
-            print0(f"mean of {len(more) + 1} checkpoints, {first} to {more[-1]}")
-        return model
+        return GPT.from_checkpoint(source)
     try:
         return GPT.from_pretrained(source)
     except (OSError, ValueError) as e:
@@ -568,7 +556,7 @@ class Args:
 
     data: str = flag("directory of shards, or text file (edu_fineweb10B/ where it has shards, else input.txt)")
     model: str = flag("preset, listed below (gpt2 for shards, tiny for a text file)")
-    init_from: str = flag("weights to begin with: a released name, Hugging Face directory, .pt file, or 'several*.pt'")
+    init_from: str = flag("weights to begin with: a released name, Hugging Face directory or .pt file")
     n_layer: int = flag("layers (preset); with --init_from more than it has make it grow")
     n_head: int = flag("attention heads (preset)")
     n_embd: int = flag("width (preset)")
@@ -891,7 +879,7 @@ def main():
         dist.broadcast_object_list(items, device=device)
 
     # Resume: load, and begin at step k.
-    settings = asdict(args) | {"tokenizer": getattr(tokenizer, "name", None), "schedule_start": 0}
+    settings = asdict(args) | {"tokenizer": getattr(tokenizer, "name", None)}
     start_step = 0
     if args.resume:
         latest = load_checkpoint(log_dir / "latest.pt")
@@ -904,15 +892,10 @@ def main():
             raise UserError(f"--resume: {log_dir} was trained with {was}: give --optimizer {was}")
         for optimizer, state in zip(optimizers, latest["optimizers"]):
             restore(optimizer, state)
-        settings["schedule_start"] = before.get("schedule_start", 0)
-        if before["max_lr"] != args.max_lr:  # changed by hand: a cosine of its own begins here
-            settings["schedule_start"] = start_step
         for name, was in before.items():
             if settings.get(name) != was and name not in ("resume", "B"):
                 print0(f"--resume: {name} was {was}, is {settings.get(name)}")
         del latest  # gigabytes
-    schedule_start = settings["schedule_start"]
-    warmup_steps = 0 if schedule_start else args.warmup_steps  # a model that was trained so far needs none
     train_loader.seek(start_step * rows_per_step)
 
     if WORLD_SIZE > 1:
@@ -1017,7 +1000,7 @@ def main():
         if WORLD_SIZE > 1:
             dist.all_reduce(figures)  # the mean loss; and the wish to stop of any rank, so that all stop at one step
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-        lr = get_lr(step - schedule_start, args.max_lr, args.min_lr, warmup_steps, args.max_steps - schedule_start)
+        lr = get_lr(step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr

@@ -1,4 +1,4 @@
-"""Growing models: more layers, mean weights, sharded optimizer state, a new rate by hand, and a chain of all of them."""
+"""Growing models: more layers, sharded optimizer state, a lower rate by hand, and a chain of all of them."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, environment, load, read_log, start, succeed, train
 
-from train_gpt2 import GPT, PRESETS, GPTConfig, get_tokenizer, grow, load_model
+from train_gpt2 import GPT, PRESETS, GPTConfig, get_tokenizer, grow
 
 RUN = [*TINY, "--max_steps", 20, "--val_every", 5, "--val_tokens", 150]
 
@@ -52,18 +52,6 @@ def test_growing_a_trained_model_keeps_what_it_learned(tmp_path):
     for more, says in (["--n_embd", 32], "n_embd 64"), (["--n_layer", 2], "n_layer 3"), (["--model", "gpt2"], "n_head 4"):
         done = train(*flags[:-2], "--init_from", tmp_path / "small" / "latest.pt", *more, "--max_steps", 0)
         assert done.returncode == 2 and says in done.stderr
-
-
-def test_mean_of_checkpoints(shards, tmp_path):
-    succeed("--data", shards, *RUN, "--checkpoint_every", 5, "--log_dir", tmp_path / "log")
-    mean = load_model(str(tmp_path / "log" / "model_000[12]*.pt")).state_dict()  # steps 10, 15 and 20
-    states = [load(tmp_path / "log" / f"model_{step:05d}.pt")["model"] for step in (10, 15, 20)]
-    for name, w in mean.items():
-        torch.testing.assert_close(w, torch.stack([state[name] for state in states]).double().mean(dim=0).float())
-    other = GPT(GPTConfig(16, 50304, 1, 2, 16))
-    torch.save({"model": other.state_dict(), "config": vars(other.config)}, tmp_path / "log" / "model_00019.pt")
-    done = train("--data", shards, "--init_from", tmp_path / "log" / "model_0001*.pt", "--max_steps", 0)
-    assert done.returncode == 2 and "different shapes" in done.stderr
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -128,23 +116,14 @@ def test_each_rank_keeps_its_share_of_the_state(tmp_path):
     assert (one_resumed, two_resumed) == (one, two)
 
 
-def test_a_new_rate_begins_a_schedule_where_the_run_is(shards, tmp_path):
+def test_a_lower_rate_from_here_on(shards, tmp_path):
+    """`--resume` with equal --max_lr and --min_lr is a constant rate; what was trained stays as it is."""
     flags = ["--data", shards, *RUN, "--checkpoint_every", 10, "--log_dir", tmp_path / "log"]
     succeed(*flags)
     whole = read_log(tmp_path / "log", "lr")
-    done = succeed("--resume", "--max_lr", 1e-3, "--min_lr", 0, "--max_steps", 30, "--log_dir", tmp_path / "log")
-    assert "max_lr was 0.01, is 0.001" in done.stdout and "max_steps was 20, is 30" in done.stdout
-    rates = read_log(tmp_path / "log", "lr")
-    assert {step: rates[step] for step in range(20)} == whole  # what was trained stays as it is
-    assert all(rates[20 + i] == pytest.approx(0.5e-3 * (1 + math.cos(math.pi * i / 10)), rel=1e-6) for i in range(10))
-    # Stopped and resumed, the new schedule goes on.
-    process = start("--resume", "--max_steps", 40, "--log_dir", tmp_path / "log", until="step    33 | loss")
-    process.terminate()
-    process.communicate()
-    succeed("--resume", "--log_dir", tmp_path / "log")
-    rates = read_log(tmp_path / "log", "lr")
-    assert list(rates) == list(range(40))
-    assert all(rates[30 + i] == pytest.approx(0.5e-3 * (1 + math.cos(math.pi * (10 + i) / 20)), rel=1e-6) for i in range(10))
+    done = succeed("--resume", "--max_lr", 1e-4, "--min_lr", 1e-4, "--max_steps", 25, "--log_dir", tmp_path / "log")
+    assert "max_lr was 0.01, is 0.0001" in done.stdout and "max_steps was 20, is 25" in done.stdout
+    assert read_log(tmp_path / "log", "lr") == whole | {step: 1e-4 for step in range(20, 25)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -210,7 +189,7 @@ def harness(model, directory, monkeypatch):
 
 
 def test_the_recipe_from_documents_to_the_harness(corpora, tmp_path, monkeypatch):
-    """A mixture, 3 layers, the mean of two checkpoints, 4 layers with dropout and --zero, kill, resume, a lower rate, export."""
+    """A mixture, 3 layers, 4 layers with dropout and --zero, kill, resume, a lower rate, export."""
     tokens, log_dir, grown = tmp_path / "tokens", tmp_path / "small", tmp_path / "grown"
     mix = ["--mix", f"{corpora}/play.jsonl:1.0", f"{corpora}/code.jsonl:0.25", "--tokenizer", f"{corpora}/bpe"]
     done = subprocess.run(
@@ -229,7 +208,7 @@ def test_the_recipe_from_documents_to_the_harness(corpora, tmp_path, monkeypatch
     assert read_log(log_dir, "val_bpb")[160] == pytest.approx(small[160] / math.log(2) * first["tokens"] / first["bytes"], rel=1e-5)
 
     process = start(
-        *flags, "--init_from", f"{log_dir}/model_001[26]0.pt", "--n_layer", 4, "--dropout", 0.1, "--zero", "--max_lr", 2e-3, "--max_steps", 40,
+        *flags, "--init_from", f"{log_dir}/model_00160.pt", "--n_layer", 4, "--dropout", 0.1, "--zero", "--max_lr", 2e-3, "--max_steps", 40,
         "--checkpoint_every", 10, "--log_dir", grown, until="step    23 | loss", ranks=2,
     )  # fmt: skip
     subprocess.run(["pkill", "-KILL", "-f", str(grown)])  # torchrun and both ranks
@@ -241,7 +220,7 @@ def test_the_recipe_from_documents_to_the_harness(corpora, tmp_path, monkeypatch
     assert "sample 4: Hello, I'm a language model," in done.stdout
     val, rates = read_log(grown, "val"), read_log(grown, "lr")
     assert small[0] - 1 > val[0] > val[60]
-    assert rates[step] == pytest.approx(5e-4) and list(rates) == list(range(60))
+    assert list(rates) == list(range(60))
 
     model = GPT.from_checkpoint(grown / "model_00060.pt")
     model.save_pretrained(tmp_path / "hf")
