@@ -1,424 +1,510 @@
 """
-FineWeb-Edu, or any documents, into shards of tokens for train_gpt2.py.
+Tokens on disk. As a command, this script turns documents, from the Hugging Face hub or from local files, into
+shards of tokens for train_gpt2.py. As a module, it reads shards and text files, and has the tokenizers and
+the safe ways to read and write files that all three scripts share.
 
-    python fineweb.py                                           # 10 billion tokens from the hub, into edu_fineweb10B/
+    python fineweb.py                                         # FineWeb-Edu sample-10BT into edu_fineweb10B/
     python fineweb.py --input 'docs/**/*.txt' --out docs_tokens --shard_size 1000000
-    python fineweb.py --dataset NAME --config NAME --out DIR    # another data set of the hub, or a local folder of one
-    python fineweb.py --mix 'books/*.jsonl:0.25' 'web/*.parquet:1.0' --out DIR    # a quarter of the books, all of the web
+    python fineweb.py --dataset NAME --config NAME --out DIR  # another data set of the hub, or a local folder
+    python fineweb.py --mix 'books/*.jsonl:0.25' 'web/*.parquet:1.0' --out DIR  # a quarter of the books
 
-A document is the end-of-text token, then the tokens of its text. All documents in a row, in the order of their files,
-are cut into shards of exactly --shard_size tokens, the last one shorter; shard 0 is for validation.
+A document is the end-of-text token followed by the tokens of its text. All documents, in the order of their
+files, form one sequence, which is cut into shards of exactly --shard_size tokens; the last shard is shorter.
+Shard 0 is the validation split.
 
 Notable choices:
-- The unit of work is a piece of a file, about 8 MB. Workers get its place, read it themselves and give back one array:
-  no text passes through the main process. Pieces depend on the files alone, so shards do not depend on the workers.
-- A unit of a mixture is a piece of each source, the n-th part of it, in one order drawn from the unit's number: all
-  along the shards the mixture is the same.
-- meta.json says for each shard where in the units it ends. To go on after a stop is to begin there.
-- Files of the hub are downloaded by `datasets`, into its cache; from there on they are local files.
+- The main thread reads and writes, and a pool of threads tokenizes: tiktoken releases the interpreter lock.
+- After a stop, documents are read again, which is quick, and tokenized from where the last shard ends.
+- The sources of a mixture are merged by how much of each has been read, so all shards have the same mixture.
 """
 
 import argparse
 import contextlib
 import hashlib
+import heapq
 import json
-import multiprocessing
 import os
-import signal
+import re
 import sys
-import threading
-from bisect import bisect
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import time
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
-from itertools import accumulate, chain, groupby, takewhile
+from itertools import islice, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow
 import pyarrow.parquet as pq
+import tiktoken
 from tqdm import tqdm
 
-if __name__ != "__mp_main__":  # a worker imports this file again, but needs none of this: torch is 2 s and 150 MB
-    from train_gpt2 import BYTES, Parser, UserError, complete_file, get_tokenizer, run
+RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process; number 0 prints for all
 
-PIECE = 2**23  # bytes of input: a second or two of work
-reading = {}  # in a worker: what read_parquet left off, by file
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# In a worker: from a piece of a file to an array of tokens.
+# --------------------------------------------------------------------------------------------------
+# Errors and files
 
 
-def start_worker(encoding):
-    """Runs once in each worker process. encoding: the tiktoken.Encoding."""
-    global tokenizer
-    tokenizer = encoding
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
-    parent = multiprocessing.parent_process()  # when that is killed, nobody else will tell this one to end
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+class UserError(Exception):
+    """A mistake in a flag or a file. The message is one line that names the thing and says how to mend it."""
 
 
-def read_parquet(path, start, stop, column):
-    """Values of rows start to stop."""
-    file = pq.ParquetFile(path, memory_map=True)
-    if column not in file.schema_arrow.names:
-        raise KeyError(f"no column {column!r} among {', '.join(file.schema_arrow.names)}: see --column")
-    rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    group = bisect(ends := list(accumulate(rows)), start)
-    # A row group can only be decoded from its beginning, and some hold a whole file: go on where the last piece ended.
-    row, last, batches = reading.pop(path, (-1, [], None))
-    if not ends[group] - rows[group] <= row <= start:
-        row, last, batches = ends[group] - rows[group], [], file.iter_batches(128, range(group, len(rows)), [column])
-    for batch in chain(last, batches):
-        yield from batch.column(0)[max(start - row, 0) : max(stop - row, 0)].to_pylist()
-        if row + len(batch) >= stop:
-            if stop < file.metadata.num_rows:
-                reading[path] = row, [batch], batches
-            return
-        row += len(batch)
+def run(main):
+    """Call `main()`. A UserError or an OSError is printed as one `error:` line, with exit status 2."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError) as e:
+        # torchrun ends all its processes, the ranks, when one has failed. Most errors occur on all ranks: the
+        # lowest prints it, and the others, which wait a second longer each, are ended by then.
+        time.sleep(4 + RANK if RANK else 0)
+        print("error:", " ".join(str(e).split()), file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
-def read_jsonl(path, start, stop, column):
-    """Values of the lines that begin in bytes start to stop."""
-    with open(path, "rb") as f:
-        if start > 0:
-            f.seek(start - 1)
-            f.readline()  # the rest of a line that began earlier
-        while (at := f.tell()) < stop:
-            line = f.readline()
-            try:
-                if line.strip():
-                    yield json.loads(line)[column]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"byte {at} begins no line of JSON with a {column!r}: see --column") from None
+@contextlib.contextmanager
+def complete_file(path):
+    """Open a binary file that gets the name `path` only when all of it is written: a crash leaves the file of
+    that name as it was. UserError if it can't be written."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch.save reports some errors of the disk as RuntimeError
+        raise UserError(f"{path} can't be written ({e}): make room, or choose another place") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def read_txt(path, start, stop, column):
-    """The whole file."""
-    with open(path, encoding="utf-8", newline="") as f:  # newline="": line ends stay as they are
-        yield f.read()
+def write_json(path, value):
+    with complete_file(path) as f:
+        f.write(json.dumps(value, indent=1).encode())
 
 
-READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
+@contextlib.contextmanager
+def readable(path, mend):
+    """Every file from outside is read in this context. Whatever a missing, damaged or foreign file raises
+    becomes a UserError that names the file and ends with `mend`, what the person can do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        reason = getattr(e, "strerror", None) or f"{type(e).__name__}: {e}".splitlines()[0]
+        raise UserError(f"{path} can't be read ({reason}): {mend}") from None
 
 
-def tokenize(number, unit, column):
-    """
-    Tokens of a unit of work, uint16 (n,); how many records were left out, as their text is null or empty; {source:
-    [documents, tokens] taken from it}. A file that can't be read as what its name says ends in an OSError of one line
-    that names it. unit: [(source, share of its documents, paths, start, stop)].
-    """
-    rng, documents, empty, counts, credits = np.random.default_rng(number), [], 0, {}, {}
-    eot = np.array([tokenizer.eot_token], dtype=np.uint32)
-    for source, share, paths, start, stop in unit:
-        count, credit = counts.setdefault(source, [0, 0]), credits.get(source, rng.random())
-        for path in paths:
-            try:
-                for text in READERS[Path(path).suffix](path, start, stop, column):
-                    if not text:
-                        empty += 1
-                        continue
-                    credit += share  # every fourth document, say, makes it 1
-                    if credit < 1:
-                        continue
-                    credit -= 1
-                    if not isinstance(text, str):
-                        raise TypeError(f"{column!r} holds {type(text).__name__}, not text: see --column")
-                    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON may hold half a pair
-                    tokens = tokenizer.encode_to_numpy(text, disallowed_special=())  # <|endoftext|> too is just text
-                    documents.append((eot, tokens))
-                    count[0] += 1
-                    count[1] += 1 + len(tokens)
-            except (ValueError, KeyError, TypeError, pyarrow.ArrowException) as e:
-                raise OSError(f"{path} can't be read as {Path(path).suffix}: {e.args[0]}") from None
-        credits[source] = credit
-    if len(counts) > 1:
-        rng.shuffle(documents)
-    return np.concatenate((eot[:0], *chain(*documents))).astype(np.uint16), empty, counts
+@contextlib.contextmanager
+def warn_only(what):
+    """Print an error of the disk as a warning, followed by `what` happens now, and go on."""
+    try:
+        yield
+    except (UserError, OSError) as e:
+        if RANK == 0:
+            print(f"warning: {e}; {what}", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers: a tiktoken.Encoding, or an object with those of its methods that are used here
+
+# Byte-level BPE writes a byte as one character: itself if it is visible in Latin-1, else one from 256 on.
+BYTE_OF = {chr(b): b for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
+BYTE_OF |= {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(BYTE_OF.values())))}
 
 
 class HuggingFaceTokenizer:
-    """A byte-level BPE of Hugging Face, tokenizer.json or its directory, with the methods of a tiktoken.Encoding."""
+    """A byte-level BPE in Hugging Face's format. path: a tokenizer.json, or a directory that holds one."""
 
     def __init__(self, path):
-        from tokenizers import Tokenizer  # comes with transformers
+        from tokenizers import Tokenizer, decoders  # comes with transformers
 
         self.path = Path(path, "tokenizer.json") if os.path.isdir(path) else Path(path)
         self.name = str(self.path)
-        try:
-            self.bpe = Tokenizer.from_file(self.name)
-        except Exception as e:  # the library's errors have no type of their own
-            raise UserError(f"{path} is no tokenizer ({e}): give gpt2, bytes, a tokenizer.json or its directory") from None
-        ids = self.bpe.get_vocab()
-        self.eot_token, self.n_vocab = ids.get("<|endoftext|>"), max(ids.values()) + 1
-        if self.eot_token is None or not BYTES.keys() <= ids.keys() or self.n_vocab > 2**16:
-            raise UserError(f"{path} is no byte-level BPE of up to 65,536 tokens with <|endoftext|>: give another tokenizer")
+        with readable(path, "give gpt2, bytes, or a byte-level tokenizer.json or its directory"):
+            self.bpe = Tokenizer.from_str(self.path.read_text(encoding="utf-8"))
+            self.bpe.encode_special_tokens = True  # what looks like a special token in a text is text
+            self.bpe.no_truncation()  # the file may say how one model wants its rows; a document is whole
+            self.bpe.no_padding()
+            self.bpe.decoder = decoders.ByteLevel()  # some files have none
+            ids = self.bpe.get_vocab()
+            self.eot_token, self.n_vocab = ids["<|endoftext|>"], max(ids.values()) + 1
+            if not BYTE_OF.keys() <= ids.keys() or self.n_vocab > 2**16:
+                raise ValueError("it is no byte-level BPE of up to 65,536 tokens")
 
     def encode_ordinary(self, text):
-        self.bpe.encode_special_tokens = True  # what looks like one is text; set here, as it does not travel to a worker
-        return self.bpe.encode(text, add_special_tokens=False).ids
+        # A batch of one: encode_batch_fast releases the interpreter lock, and encode does not.
+        return self.bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode_to_numpy(self, text, disallowed_special=()):
         return np.array(self.encode_ordinary(text), dtype=np.uint32)
 
     def decode(self, tokens):
-        return b"".join(map(self.decode_single_token_bytes, tokens)).decode(errors="replace")
+        return self.bpe.decode(tokens, skip_special_tokens=False)
 
     def decode_single_token_bytes(self, token):
-        token = self.bpe.id_to_token(token) or ""
-        return bytes(map(BYTES.get, token)) if BYTES.keys() >= set(token) else token.encode()
+        name = self.bpe.id_to_token(token) or ""  # an added token is written as its text
+        return bytes(map(BYTE_OF.get, name)) if BYTE_OF.keys() >= set(name) else name.encode()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# In the main process: files, their pieces, and what the workers make of them.
+def get_tokenizer(name="gpt2"):
+    """name: "gpt2", GPT-2's BPE; "bytes", the 256 byte values, and 256 for end of text; else the path of a
+    Hugging Face tokenizer. UserError if it can't be had."""
+    if name == "gpt2":
+        with readable("GPT-2's tokenizer", "go online once, or set TIKTOKEN_CACHE_DIR to a folder with it"):
+            return tiktoken.get_encoding("gpt2")
+    if name == "bytes":
+        ranks, special = {bytes([b]): b for b in range(256)}, {"<|endoftext|>": 256}
+        return tiktoken.Encoding("bytes", pat_str=r"\s?\S+|\s", mergeable_ranks=ranks, special_tokens=special)
+    return HuggingFaceTokenizer(name)
 
 
-def local_files(patterns):
-    """Paths that the patterns match, sorted within each pattern; one that two patterns match counts once."""
-    paths = []
-    for pattern in patterns:
-        found = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob(pattern, recursive=True)))
-        if not found:
-            raise UserError(f"{pattern} matches no file: give files, or a pattern such as 'docs/**/*.txt'")
-        paths += found
-    return list(dict.fromkeys(paths))
+def to_hugging_face(tokenizer):
+    """A tokenizers.Tokenizer with the same ids. It needs the two parts that merge into each token: BPE is run
+    on the token's own bytes until two parts are left. End of text must be the last id."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.bpe
+    character = {b: character for character, b in BYTE_OF.items()}
+    tokens = map(tokenizer.decode_single_token_bytes, range(tokenizer.eot_token))
+    ranks, merges = {"".join(character[b] for b in token): rank for rank, token in enumerate(tokens)}, []
+    for token in ranks:
+        parts = list(token)
+        while len(parts) > 2:
+            pair_ranks = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]  # no token: last
+            i = pair_ranks.index(min(pair_ranks))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(tuple(parts))
+    bpe = Tokenizer(models.BPE(ranks, merges))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.add_special_tokens(["<|endoftext|>"])
+    return bpe
 
 
-def hub_files(name, config):
-    """Paths of the training files of a data set on the hub, downloaded by now. name may be a local folder, too."""
-    import datasets  # half a second, and --input does without
+def encode_documents(tokenizer, texts):
+    """The tokens of all documents in a row, uint16 (n,). <|endoftext|> in a text is text like any other."""
+    pieces = [[]]
+    for text in texts:
+        try:  # encode_to_numpy makes no list of Python numbers, for which threads would wait for each other
+            tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
+        except (UnicodeEncodeError, TypeError):  # tiktoken's and tokenizers' errors for half a surrogate pair
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
+        pieces += [tokenizer.eot_token], tokens
+    return np.concatenate(pieces, dtype=np.uint16, casting="unsafe")  # from uint32; no id is above 65,535
 
-    try:
-        addresses = datasets.load_dataset_builder(name, config).config.data_files["train"]
-        print(f"{name}: {len(addresses)} files; those not yet in {datasets.config.HF_CACHE_HOME} are downloaded")
-        settings = datasets.DownloadConfig(num_proc=min(8, len(addresses)))
-        return datasets.DownloadManager(name, download_config=settings).download(addresses)
-    except Exception as e:  # whatever the network, and the libraries on the way to it, throw
-        mend = "try again (what is downloaded stays), or give local files with --input"
-        raise UserError(f"--dataset {name} --config {config} can't be had from the hub ({e}): {mend}") from None
+
+# --------------------------------------------------------------------------------------------------
+# Reading tokens: a text file, or a directory of shards
 
 
-def make_pieces(paths, size):
-    """
-    [(paths, start, stop)], pieces of about `size` bytes, in order. start, stop: rows of a .parquet file, bytes of a .jsonl
-    file. .txt files are read whole, and short ones share a piece.
-    """
-    pieces, ends = [], list(accumulate(map(os.path.getsize, paths)))
-    for _, group in groupby(range(len(paths)), lambda i: ends[i] // size if paths[i].endswith(".txt") else -1 - i):
-        group = [paths[i] for i in group]
-        length = step = 1
-        if group[0].endswith(".jsonl"):
-            length, step = os.path.getsize(group[0]), size
-        if group[0].endswith(".parquet"):
+class Data(NamedTuple):
+    """What there is to train on. A split is {name: path of a shard, or its tokens as a uint16 array (n,)}."""
+
+    train: dict
+    val: dict
+    tokenizer: str = "gpt2"
+    n_vocab: int = 50257
+    eot: int = 50256  # the token that begins every document
+    bytes_per_token: float | None = None  # of text, in the validation split; None where it is not known
+
+
+def load_text(path, tokenizer):
+    """A UTF-8 text file, nine tenths of its characters to train, the last tenth to validate. It may hold
+    several documents, with <|endoftext|> between them."""
+    with readable(path, "give a text file in UTF-8, or a directory of shards"):
+        text = Path(path).read_text(encoding="utf-8")
+    cut = len(text) * 9 // 10
+    train, val = (part.split("<|endoftext|>") for part in (text[:cut], text[cut:]))
+    train_tokens, val_tokens = encode_documents(tokenizer, train), encode_documents(tokenizer, val)
+    splits = {f"{path} (train split)": train_tokens}, {f"{path} (val split)": val_tokens}
+    bytes_per_token = len("".join(val).encode()) / len(val_tokens)
+    return Data(*splits, tokenizer.name, tokenizer.n_vocab, tokenizer.eot_token, bytes_per_token)
+
+
+def open_shard(shard):
+    """The tokens of a shard, uint16 (n,), memory-mapped. shard: a .npy file; or an array, which is returned
+    as it is."""
+    if isinstance(shard, np.ndarray):
+        return shard
+    with readable(shard, "delete it, and make or fetch it again"):
+        tokens = np.load(shard, mmap_mode="r")
+        if tokens.dtype != np.uint16 or tokens.ndim != 1:
+            raise ValueError(f"it is {tokens.ndim}-D {tokens.dtype}, and a shard is 1-D uint16")
+    return np.asarray(tokens)
+
+
+def find_shards(directory):
+    """The .npy files of a directory with the word "train" or "val" in their names. meta.json, which
+    this script writes beside them, says what their tokens are; without it they are GPT-2's."""
+    splits, file = {"train": {}, "val": {}}, Path(directory, "meta.json")
+    for path in sorted(Path(directory).iterdir()):
+        word = re.search(r"(?<![a-z])(train|val)(?![a-z])", path.name)
+        if word and path.suffix == ".npy":
+            splits[word[1]][str(path)] = path
+    if not splits["train"] or not splits["val"]:
+        raise UserError(f"{directory} needs shards, *_train_*.npy and *_val_*.npy: fineweb.py makes them")
+    if not file.exists():
+        return Data(**splits)
+    with readable(file, "make the shards again with fineweb.py"):
+        meta = json.loads(file.read_text())
+        for path in (splits["train"] | splits["val"]).values():
+            entry = meta["shards"].get(path.name)
+            if entry is None or entry["tokens"] != len(open_shard(path)):
+                raise UserError(f"{path} is not the shard that {file} describes: make it again, or move it")
+        if not meta["complete"] and RANK == 0:
+            print(f"warning: {directory} is not complete: the same call of fineweb.py goes on with it")
+        val = [meta["shards"][path.name] for path in splits["val"].values()]
+        bytes_per_token = sum(entry["bytes"] for entry in val) / sum(entry["tokens"] for entry in val)
+        own = file.with_name("tokenizer.json")  # the copy of a tokenizer of Hugging Face
+        tokenizer = str(own) if meta["tokenizer"] == own.name else meta["tokenizer"]
+        return Data(*splits.values(), tokenizer, meta["vocab_size"], meta["eot"], bytes_per_token)
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading documents. A reader yields, for each record of a file, the share of the file that has been read by
+# then, and the record's text.
+
+
+def read_parquet(path, column):
+    file = pq.ParquetFile(path, memory_map=True)
+    if column not in file.schema_arrow.names:
+        raise KeyError(f"no column {column!r} among {', '.join(file.schema_arrow.names)}")
+    batches = file.iter_batches(128, columns=[column])
+    texts = (text for batch in batches for text in batch.column(0).to_pylist())
+    for number, text in enumerate(texts, 1):
+        yield number / file.metadata.num_rows, text
+
+
+def read_jsonl(path, column):
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+        for line in f:
             try:
-                metadata = pq.read_metadata(group[0])
-            except pyarrow.ArrowException as e:
-                raise UserError(f"{group[0]} can't be read as .parquet: {e}") from None
-            total = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-            length, step = metadata.num_rows, max(1, metadata.num_rows * size // max(1, total))
-        pieces += [(group, start, min(start + step, length)) for start in range(0, length, step)]
-    return pieces
+                if line.strip():
+                    yield f.tell() / size, json.loads(line)[column]
+            except (ValueError, KeyError, TypeError):
+                begin = f.tell() - len(line)
+                raise ValueError(f"byte {begin} begins no line of JSON with {column!r}") from None
 
 
-def make_units(sources):
-    """
-    All the work in order: [[(source, share, paths, start, stop)]], from each unit about PIECE bytes are taken. sources:
-    [(name, share of its documents, paths)].
-    """
-    if len(sources) == 1:
-        [(name, share, paths)] = sources
-        return [[(name, share, *piece)] for piece in make_pieces(paths, PIECE)]
-    sizes = [sum(map(os.path.getsize, paths)) for _, _, paths in sources]
-    n = max(1, round(sum(size * share for size, (_, share, _) in zip(sizes, sources)) / PIECE))
-    units = [[] for _ in range(n)]
-    for size, (name, share, paths) in zip(sizes, sources):
-        pieces = make_pieces(paths, max(1, size // n // 16))  # small enough that each unit gets the same
-        for k, piece in enumerate(pieces):
-            units[k * n // len(pieces)].append((name, share, *piece))
-    return units
+def read_txt(path, column):
+    with open(path, encoding="utf-8", newline="") as f:  # newline="" leaves the line ends as they are
+        yield 1.0, f.read()
 
 
-def read_mix(words):
-    """[(name, share, paths)] of what stands behind --mix, PATTERN:SHARE."""
-    sources = []
-    for word in words:
-        pattern, _, share = word.rpartition(":")
-        try:
-            sources.append((pattern, float(share), local_files([pattern])))
-        except ValueError:
-            raise UserError(f"--mix {word}: write it as PATTERN:SHARE, such as 'docs/*.jsonl:0.25'") from None
-        if not 0 < sources[-1][1] <= 1 or [s[0] for s in sources].count(pattern) > 1:
-            raise UserError(f"--mix {word}: a share is above 0 and at most 1, and every pattern stands once: change it")
-    return sources
+READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
 
 
-def tokenize_all(units, first, column, tokenizer, workers):
-    """What `tokenize` returns for each unit from `first` on, in order. At most three a worker are under way."""
-    spawn = multiprocessing.get_context("spawn")  # the way that every system has
-    executor = ProcessPoolExecutor(workers, spawn, start_worker, (tokenizer,))
-    waiting = deque()
-    try:
-        for number in range(first, len(units)):
-            waiting.append(executor.submit(tokenize, number, units[number], column))
-            if len(waiting) == 3 * workers:
-                yield waiting.popleft().result()
+class Source(NamedTuple):
+    name: str
+    share: float  # of its documents that are taken, evenly from beginning to end
+    paths: list
+    counts: Counter  # read_source counts here: documents taken, their characters, empty records
+
+
+def read_source(source, column):
+    """Yields the share of the source's bytes that has been read, and the text, for each document taken."""
+    sizes = [os.path.getsize(path) for path in source.paths]
+    total, before, number = sum(sizes), 0, 0  # bytes of all files, of those before this one; documents
+    for path, size in zip(source.paths, sizes):
+        with readable(path, "mend it or leave it out; --column says where .jsonl and .parquet have the text"):
+            for far, text in READERS[Path(path).suffix](path, column):
+                if text in (None, ""):
+                    source.counts["empty"] += 1
+                    continue
+                if not isinstance(text, str):
+                    raise TypeError(f"{column!r} holds {type(text).__name__}, not text")
+                number += 1
+                # Of the first n documents int(n * share) are taken, so this one is if that number has grown.
+                if int(number * source.share) > int((number - 1) * source.share):
+                    source.counts.update(documents=1, characters=len(text))
+                    yield (before + far * size) / total, text
+        before += size
+
+
+BATCH = 2**20  # characters: a few tens of milliseconds of work for a thread
+
+
+def read_batches(sources, column):
+    """Yields the documents of all sources, merged by how much of each source has been read, in batches of
+    about BATCH characters: (share of all that has been read, list of texts)."""
+    texts, size = [], 0
+    streams = [read_source(source, column) for source in sources]
+    for far, text in heapq.merge(*streams, key=lambda item: item[0]):
+        texts.append(text)
+        size += len(text)
+        if size >= BATCH:
+            yield far, texts
+            texts, size = [], 0
+    yield 1.0, texts
+
+
+def tokenize(batches, tokenizer, workers):
+    """Yields the batches in order, with tokens for texts. Threads work on the next 2 * workers of them."""
+    with ThreadPoolExecutor(workers) as pool:
+        futures = ((far, pool.submit(encode_documents, tokenizer, texts)) for far, texts in batches)
+        waiting = deque(islice(futures, 2 * workers))
         while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise UserError("a worker was killed, for want of memory? Go on with a lower --workers") from None
-    finally:
-        executor.shutdown(cancel_futures=True)
+            far, future = waiting.popleft()
+            waiting.extend(islice(futures, 1))
+            yield far, future.result()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Shards, and meta.json beside them.
+# --------------------------------------------------------------------------------------------------
+# The command: which files to read, shards, and meta.json beside them
+
+
+def choose_sources(args):
+    """One source for each pattern of --mix, or one of all files that --input or --dataset name."""
+    if args.dataset:
+        import datasets  # takes half a second, and --input does without it
+
+        what = f"--dataset {args.dataset} --config {args.config}"
+        with readable(what, "try again, or give local files with --input"):
+            files = datasets.load_dataset_builder(args.dataset, args.config).config.data_files["train"]
+            print(f"{len(files)} files; those not in {datasets.config.HF_CACHE_HOME} are downloaded")
+            settings = datasets.DownloadConfig(num_proc=min(8, len(files)))
+            paths = datasets.DownloadManager(args.dataset, download_config=settings).download(files)
+            return [Source("all", 1.0, paths, Counter())]
+    sources = {}
+    for word in args.mix or [f"{pattern}:1" for pattern in args.input]:
+        pattern, _, share = word.rpartition(":")
+        with readable(f"--mix {word}", "write PATTERN:SHARE, none twice, with a share above 0 and at most 1"):
+            if args.mix and pattern in sources or not 0 < float(share) <= 1:
+                raise ValueError(word)
+        paths = [pattern] if os.path.isfile(pattern) else sorted(glob(pattern, recursive=True))
+        paths = [path for path in paths if os.path.isfile(path) and Path(path).suffix in READERS]
+        if not paths:
+            raise UserError(f"{pattern} matches no .parquet, .jsonl or .txt file: try 'docs/**/*.txt', say")
+        sources[pattern] = Source(pattern, float(share), paths, Counter())
+    if args.mix:
+        return list(sources.values())
+    paths = dict.fromkeys(path for source in sources.values() for path in source.paths)  # each file once
+    return [Source("all", 1.0, list(paths), Counter())]
 
 
 def open_meta(out, settings):
-    """The contents of out/meta.json where it describes shards of the same settings, else new ones."""
-    meta = {"shards": {}}
-    if (out / "meta.json").exists():
-        meta = json.loads((out / "meta.json").read_text())
+    """The description of shards in out/meta.json if their settings are the same, or else a new one."""
+    file, meta = out / "meta.json", {"shards": {}}
+    if file.exists():
+        with readable(file, "give another --out"):
+            meta = json.loads(file.read_text())
+            # If a shard is missing, those behind it are written again too.
+            shards = dict(takewhile(lambda entry: (out / entry[0]).exists(), meta["shards"].items()))
+            meta |= {"complete": meta["complete"] and shards == meta["shards"], "shards": shards}
     elif any(out.glob("*.npy")):
-        raise UserError(f"{out} holds shards, but no meta.json that tells of what: give another --out")
-    # A shard gets its name after its entry is written; a kill may have come between.
-    shards = dict(takewhile(lambda shard: (out / shard[0]).exists(), meta["shards"].items()))
-    if not shards:
+        raise UserError(f"{out} has shards, but no meta.json that describes them: give another --out")
+    if not meta["shards"]:
         return settings | {"complete": False, "shards": {}}
-    for name in settings:
-        if name != "source" and meta.get(name) != settings[name]:
-            raise UserError(f"{out} has shards with {name} {meta.get(name)}, not {settings[name]}: give another --out")
-    return meta | {"complete": meta["complete"] and len(shards) == len(meta["shards"]), "shards": shards}
+    for name, value in settings.items():
+        if name != "source" and meta.get(name) != value:  # other patterns may match the same files
+            raise UserError(f"{out} has shards with {name} {meta.get(name)}, not {value}: give another --out")
+    return meta
 
 
-def write_meta(out, meta):
-    with complete_file(out / "meta.json") as f:
-        f.write(json.dumps(meta, indent=1).encode())
-
-
-def write_shards(out, meta, units, tokenizer, workers):
-    """Tokenise the units from where the last shard in `meta` ends, into shards."""
+def write_shards(out, meta, sources, tokenizer, workers):
+    """Tokenize the sources from where the last shard in `meta` ends, and write shards until their end."""
     shards, shard_size = meta["shards"], meta["shard_size"]
-    number, skip = list(shards.values())[-1]["end"] if shards else (0, 0)  # a unit, and tokens of it that are done
-    text_bytes = np.array([len(tokenizer.decode_single_token_bytes(t)) for t in range(tokenizer.n_vocab)])
+    # The next token to go into a shard is number `used` of batch number `batch`.
+    batch, used = list(shards.values())[-1]["end"] if shards else (0, 0)
+    shard, filled = np.empty(shard_size, dtype=np.uint16), 0
+    text_bytes = np.array([len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)])
     text_bytes[tokenizer.eot_token] = 0
-    shard = np.empty(shard_size, dtype=np.uint16)
 
-    def new_entry():  # documents: that begin here; bytes: of the tokens' text; the others: of the units that begin here
-        return {"tokens": 0, "documents": 0, "bytes": 0, "empty": 0, "sources": {name: [0, 0] for name in meta["sources"]}}
-
-    entry = new_entry()
-
-    def finish(end):
-        nonlocal entry
-        name = f"edufineweb_{'train' if shards else 'val'}_{len(shards):06d}.npy"
-        shards[name] = entry | {"end": end}
+    def finish():
+        name, tokens = f"edufineweb_{'train' if shards else 'val'}_{len(shards):06d}.npy", shard[:filled]
         with complete_file(out / name) as f:
-            np.save(f, shard[: entry["tokens"]])
-            write_meta(out, meta)  # first, so that no shard is ever without its entry
-        entry = new_entry()
+            np.save(f, tokens)
+        documents, text = int((tokens == tokenizer.eot_token).sum()), int(text_bytes[tokens].sum())
+        shards[name] = {"tokens": filled, "documents": documents, "bytes": text, "end": (batch, used)}
+        write_json(out / "meta.json", meta)
 
-    tokenized = tokenize_all(units, number, meta["column"], tokenizer, workers)
-    total = sum(done["tokens"] for done in shards.values())
-    with contextlib.closing(tokenized), tqdm(initial=total, unit=" tokens", unit_scale=True) as progress:
-        for number, (tokens, empty, counts) in enumerate(tokenized, number):
-            if skip == 0:  # else they were counted before the stop
-                entry["empty"] += empty
-                for source, more in counts.items():
-                    entry["sources"][source] = [a + b for a, b in zip(entry["sources"][source], more)]
-            total += len(tokens) - skip
-            progress.total = total * len(units) // (number + 1)
-            progress.set_postfix(shard=len(shards), refresh=False)
-            progress.update(len(tokens) - skip)
-            while skip < len(tokens):
-                filled = entry["tokens"]
-                part = tokens[skip : skip + shard_size - filled]
+    batches = islice(read_batches(sources, meta["column"]), batch, None)
+    with tqdm(initial=len(shards) * shard_size, unit=" tokens", unit_scale=True) as bar:
+        for far, tokens in tokenize(batches, tokenizer, workers):
+            bar.update(len(tokens) - used)
+            bar.total = int(bar.n / far)  # an estimate, from the share that has been read
+            while used < len(tokens):
+                part = tokens[used : used + shard_size - filled]
                 shard[filled : filled + len(part)] = part
-                entry["tokens"] += len(part)
-                entry["documents"] += int((part == tokenizer.eot_token).sum())
-                entry["bytes"] += int(text_bytes[part].sum())
-                skip += len(part)
-                if entry["tokens"] == shard_size:
-                    finish([number, skip])
-            skip = 0
-    if total <= shard_size:
-        mend = f"give more, or --shard_size {max(1, total // 10)} and another --out"
-        raise UserError(f"{total:,} tokens are no more than the validation shard, and none are left to train: {mend}")
-    if entry["tokens"]:
-        finish([len(units), 0])
-    meta["complete"] = True
-    write_meta(out, meta)
+                filled, used = filled + len(part), used + len(part)
+                if filled == shard_size:
+                    finish()
+                    filled = 0
+            batch, used = batch + 1, 0
+    n = len(shards) * shard_size + filled
+    if n <= shard_size:
+        mend = f"give more, or --shard_size {max(1, n // 10)} and another --out"
+        raise UserError(f"{n:,} tokens fill only the validation shard, none are left to train on: {mend}")
+    if filled:
+        finish()
+    # A run that goes on reads all documents again, so its counts are those of the whole.
+    meta |= {"complete": True, "counts": {source.name: source.counts for source in sources}}
+    write_json(out / "meta.json", meta)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]", allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # leaves the lines of __doc__ as they are
+    flag = parser.add_argument
+    flag("--input", nargs="+", metavar="FILE", help=".parquet, .jsonl or .txt (one document); patterns too")
+    flag("--mix", nargs="+", metavar="PATTERN:SHARE", help="a share of the documents of each pattern")
+    flag("--dataset", help="a data set on the hub (HuggingFaceFW/fineweb-edu)")
+    flag("--config", help="configuration of the data set (of fineweb-edu: sample-10BT)")
+    flag("--column", default="text", help="where .parquet and .jsonl have the text (%(default)s)")
+    flag("--out", help="directory for the shards (of fineweb-edu: edu_fineweb10B)")
+    flag("--shard_size", type=int, default=10**8, help="tokens of a shard (%(default)s)")
+    flag("--workers", type=int, default=os.cpu_count(), help="threads (one for each core)")
+    flag("--tokenizer", default="gpt2", help="gpt2, bytes, or a tokenizer.json of Hugging Face (%(default)s)")
+    args = parser.parse_args(argv)
+    if not (args.input or args.mix or args.dataset):
+        args.dataset, args.config = "HuggingFaceFW/fineweb-edu", args.config or "sample-10BT"
+        if args.config == "sample-10BT":
+            args.out = args.out or "edu_fineweb10B"
+    if bool(args.input) + bool(args.mix) + bool(args.dataset) > 1:
+        parser.error("--input, --mix and --dataset all say what to read: give one of them")
+    if not args.out:
+        parser.error("--out is missing: give a directory for the shards")
+    if args.shard_size < 1 or args.workers < 1:
+        parser.error("--shard_size and --workers must be at least 1")
+    return args
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", metavar="FILE", help=".parquet, .jsonl, .txt (one document); patterns too")
-    parser.add_argument("--mix", nargs="+", metavar="PATTERN:SHARE", help="a share of each pattern's documents, mixed")
-    parser.add_argument("--dataset", default="HuggingFaceFW/fineweb-edu", help="of the hub (HuggingFaceFW/fineweb-edu)")
-    parser.add_argument("--config", help="which of the data set's configurations (of fineweb-edu: sample-10BT)")
-    parser.add_argument("--column", default="text", help="where .parquet and .jsonl have the text (text)")
-    parser.add_argument("--out", help="directory for the shards (of fineweb-edu sample-10BT: edu_fineweb10B)")
-    parser.add_argument("--shard_size", type=int, default=10**8, help="tokens (100000000)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
-    help = "gpt2; bytes, which needs no merges; or a byte-level tokenizer.json of Hugging Face, or its directory (gpt2)"
-    parser.add_argument("--tokenizer", default="gpt2", help=help)
-    args = parser.parse_args(argv)
-    if args.input and args.mix:
-        raise UserError("--input and --mix both say what to read: give one of them")
-    default = not (args.input or args.mix) and args.dataset == parser.get_default("dataset")
-    if default and args.config in (None, "sample-10BT"):
-        args.config, args.out = "sample-10BT", args.out or "edu_fineweb10B"
-    if args.out is None:
-        raise UserError("--out DIR is missing: where shall the shards go?")
-    for name in "shard_size", "workers":
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} is too small: at least 1")
-    tokenizer = get_tokenizer(args.tokenizer)
-    if tokenizer is None:
-        mend = "set TIKTOKEN_CACHE_DIR to a folder that has them, or let this machine reach the network once"
-        raise UserError(f"GPT-2's merges can't be downloaded: {mend}")
-
-    if args.mix:
-        sources = read_mix(args.mix)
-    elif args.input:
-        sources = [("input", 1.0, local_files(args.input))]
-    else:
-        sources = [("dataset", 1.0, hub_files(args.dataset, args.config))]
-    paths = [path for _, _, paths in sources for path in paths]
-    for path in paths:
-        if Path(path).suffix not in READERS:
-            raise UserError(f"{path}: its name must end in {', '.join(READERS)}")
-    hub = ["dataset", "config"]
-    own = [tokenizer.path] if isinstance(tokenizer, HuggingFaceTokenizer) else []  # a tokenizer that goes with the shards
-    stats = "\n".join(f"{Path(p).name} {os.stat(p).st_size} {os.stat(p).st_mtime_ns}" for p in [*paths, *own])
-    out = Path(args.out)
-    meta = open_meta(out, {
-        "tokenizer": "tokenizer.json" if own else tokenizer.name, "vocab_size": tokenizer.n_vocab,
+    args = parse_args(argv)
+    tokenizer, sources, out = get_tokenizer(args.tokenizer), choose_sources(args), Path(args.out)
+    tokenizer_file = getattr(tokenizer, "path", None)  # Hugging Face's tokenizer.json, copied to the shards
+    files = [path for source in sources for path in source.paths] + [tokenizer_file] * bool(tokenizer_file)
+    stats = [(Path(path).name, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
+    settings = {
+        "tokenizer": "tokenizer.json" if tokenizer_file else tokenizer.name, "vocab_size": tokenizer.n_vocab,
         "eot": tokenizer.eot_token, "shard_size": args.shard_size, "column": args.column,
-        "source": {name: getattr(args, name) for name in (["mix"] if args.mix else ["input"] if args.input else hub)},
-        "sources": {name: {"share": share, "files": len(paths)} for name, share, paths in sources},
-        "files_sha256": hashlib.sha256(stats.encode()).hexdigest(),
-    })  # fmt: skip
+        "source": {name: getattr(args, name) for name in ("mix", "input", "dataset", "config")},
+        "shares": {source.name: source.share for source in sources},
+        "files_sha256": hashlib.sha256(json.dumps(stats).encode()).hexdigest(),
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    meta = open_meta(out, settings)
     if not meta["complete"]:
-        out.mkdir(parents=True, exist_ok=True)
-        write_meta(out, meta)  # a directory that can't be written shows itself before the work
-        print(f"{len(paths):,} files into {out}; after a stop the same command goes on from the last complete shard")
-        for path in own:
+        write_json(out / "meta.json", meta)  # finds a directory that can't be written to before the work
+        print(f"{len(files)} files into {out}; after a stop the same command goes on from the last shard")
+        if tokenizer_file and tokenizer_file.resolve() != (out / "tokenizer.json").resolve():
             with complete_file(out / "tokenizer.json") as f:
-                f.write(path.read_bytes())
-        write_shards(out, meta, make_units(sources), tokenizer, args.workers)
+                f.write(tokenizer_file.read_bytes())
+        write_shards(out, meta, sources, tokenizer, args.workers)
     shards = meta["shards"].values()
-    tokens, documents, text, empty = (sum(shard[k] for shard in shards) for k in ("tokens", "documents", "bytes", "empty"))
-    print(f"complete: {len(shards)} shards, {tokens:,} tokens, {documents:,} documents, {text:,} bytes of text")
-    for name in meta["sources"] if args.mix else ():
-        taken, of_them = (sum(shard["sources"][name][i] for shard in shards) for i in (0, 1))
-        print(f"{of_them / tokens:6.1%} are the {taken:,} documents of {name}")
-    if empty:
-        print(f"{empty:,} records were left out: their text is null or empty")
+    tokens, texts, size = (sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes"))
+    print(f"complete: {len(shards)} shards, {tokens:,} tokens, {texts:,} documents, {size:,} bytes of text")
+    for name, count in meta["counts"].items():
+        taken, length, empty = (count.get(key, 0) for key in ("documents", "characters", "empty"))
+        print(f"{name}: {taken:,} documents, {length:,} characters; {empty:,} records without text left out")
 
 
 if __name__ == "__main__":
-    sys.modules["fineweb"] = sys.modules["__main__"]  # so that get_tokenizer finds this, not a copy
     run(main)

@@ -1,11 +1,11 @@
 """
 hellaswag.py against the plain way: transformers' GPT2LMHeadModel, an item at a time, logits of all four rows.
 
-    python benchmarks/hellaswag.py                 # GPT-2 124M with random weights, made-up items, the best device
+    python benchmarks/hellaswag.py                 # GPT-2 124M with random weights, made-up items
     python benchmarks/hellaswag.py --items 32 --rounds 5 --dtype bfloat16
 
-Prints items a second of both, medians of alternating rounds, and their ratio. In float32, guesses that differ are an error.
-Then tokens a second of --contamination, for 10,000 items in four shards of random tokens.
+Prints items a second of both, medians of alternating rounds, and their ratio. In float32, guesses that differ
+are an error. Then tokens a second of --contamination, for 10,000 items in four shards of random tokens.
 """
 
 import sys
@@ -14,7 +14,6 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
-import contextlib
 import os
 import statistics
 import tempfile
@@ -26,20 +25,22 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hellaswag
-from train_gpt2 import GPT, GPTConfig, get_tokenizer, transpose_conv1d
+from fineweb import get_tokenizer
+from train_gpt2 import GPT, GPTConfig, transpose_conv1d
 
 
-def made_up_items(n, seed=0):
+def made_up_items(n, n_vocab=50256):
     """Contexts of 20 to 100 random tokens, endings of 10 to 40, much as HellaSwag's are."""
-    rng = np.random.default_rng(seed)
-    def tokens(low, high):  # fmt: skip
-        return rng.integers(0, 50256, rng.integers(low, high)).tolist()
+    rng = np.random.default_rng(0)
+
+    def tokens(low, high):
+        return rng.integers(0, n_vocab, rng.integers(low, high)).tolist()
 
     return [(tokens(20, 100), [tokens(10, 40) for _ in range(4)], 0) for _ in range(n)]
 
 
 @torch.no_grad()
-def plain(model, items, device, autocast):
+def plain(model, items, device):
     guesses = {}
     for i, (context, endings, _) in enumerate(items):
         rows = [context + ending for ending in endings]
@@ -49,54 +50,59 @@ def plain(model, items, device, autocast):
             idx[r, : len(row)] = torch.tensor(row)
             mask[r, len(context) : len(row)] = 1
         idx, mask = idx.to(device), mask.to(device)
-        with autocast:
-            logits = model(idx).logits
-        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), idx[:, 1:].flatten(), reduction="none").view(4, -1)
+        logits, targets = model(idx).logits[:, :-1].flatten(0, 1).float(), idx[:, 1:].flatten()
+        losses = F.cross_entropy(logits, targets, reduction="none").view(4, -1)
         sums = (losses * mask[:, 1:]).sum(dim=1)
         guesses[i] = sums.argmin().item(), (sums / mask.sum(dim=1)).argmin().item()
     return guesses
 
 
-def scan(tokens):
-    tokenizer = get_tokenizer() or get_tokenizer("bytes")
-    rng, items = np.random.default_rng(1), made_up_items(10_000)
+def scan(tokens, tokenizer):
+    """Tokens a second of a search for 10,000 items in shards of random tokens, so many in all."""
+    rng, items = np.random.default_rng(1), made_up_items(10_000, tokenizer.eot_token)
     with tempfile.TemporaryDirectory() as directory:
         paths = [Path(directory, f"{i}.npy") for i in range(4)]
         for path in paths:
-            np.save(path, rng.integers(0, tokenizer.max_token_value + 1, tokens // 4, dtype=np.uint16))
+            np.save(path, rng.integers(0, tokenizer.n_vocab, tokens // 4, dtype=np.uint16))
         start = time.perf_counter()
         hellaswag.contamination(items, paths, tokenizer)
         return tokens / (time.perf_counter() - start)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--items", type=int, default=64, help="(64)")
     parser.add_argument("--rounds", type=int, default=3, help="(3)")
     parser.add_argument("--batch_size", type=int, help="items at a time, ours (4 on a CPU, else 32)")
     parser.add_argument("--scan", type=int, default=400_000_000, help="tokens to scan (%(default)s)")
+    parser.add_argument("--tokenizer", default="gpt2", help="whose tokens are scanned (%(default)s)")
+    for name, default in ("n_layer", 12), ("n_embd", 768):
+        parser.add_argument(f"--{name}", type=int, default=default, help="of the model (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both (float32)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="(float32)")
     args = parser.parse_args()
-    autocast = torch.autocast(args.device, torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
-    model = GPT(GPTConfig()).to(args.device).eval()
-    hf = GPT2LMHeadModel(GPT2Config()).to(args.device).eval()
+    model = GPT(GPTConfig(n_layer=args.n_layer, n_embd=args.n_embd)).to(args.device).eval()
+    hf = GPT2LMHeadModel(GPT2Config(n_layer=args.n_layer, n_embd=args.n_embd)).to(args.device).eval()
     hf.load_state_dict(transpose_conv1d(model.state_dict()))
     items, seconds = made_up_items(args.items), {"plain": [], "ours": []}
     for _ in range(args.rounds + 1):  # the first is to warm up
         guesses = []
         for way in seconds:
             start = time.perf_counter()
-            if way == "plain":
-                guesses.append(plain(hf, items, args.device, autocast))
-            else:
-                guesses.append(hellaswag.evaluate(model, items, args.device, autocast, args.batch_size))
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                if way == "plain":
+                    guesses.append(plain(hf, items, args.device))
+                else:
+                    guesses.append(hellaswag.evaluate(model, items, args.batch_size))
             seconds[way].append(time.perf_counter() - start)
         assert args.dtype != "float32" or guesses[0] == guesses[1]
     a, b = (args.items / statistics.median(times[1:]) for times in seconds.values())
-    print(f"{args.device}, {args.dtype}: {a:.2f} items a second one at a time with transformers, {b:.2f} with hellaswag.py: "
-          f"{b / a:.2f} times")  # fmt: skip
-    print(f"--contamination: {scan(args.scan) / 1e6:.0f} million tokens a second on {os.cpu_count()} cores")
+    print(f"{args.device}, {args.dtype}: {a:.2f} items a second one at a time with transformers, "
+          f"{b:.2f} with hellaswag.py: {b / a:.2f} times")  # fmt: skip
+    speed = scan(args.scan, get_tokenizer(args.tokenizer))
+    print(f"--contamination: {speed / 1e6:.0f} million tokens a second on {os.cpu_count()} cores")
 
 
 if __name__ == "__main__":

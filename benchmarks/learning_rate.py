@@ -1,11 +1,13 @@
 """
-What a step teaches: short trainings of the tiny preset with AdamW and Muon at several learning rates, three seeds each.
+What a step teaches: short trainings of the tiny preset, on GPT-2's tokens and 8 x 128 of them a step, with
+AdamW and Muon at several learning rates, three seeds each.
 
-    python benchmarks/learning_rate.py                         # Python's standard library as text, half an hour on 2 cores
+    python benchmarks/learning_rate.py         # Python's standard library as text, half an hour on 2 cores
     python benchmarks/learning_rate.py --data input.txt --steps 100 --seeds 1
 
-Prints the validation loss at the end, mean and standard deviation over seeds, and after what share of the steps each
-setting passed the final loss of AdamW at the lecture's rate and at its best one. Trainings run side by side, one a core.
+Prints the validation loss at the end, mean and standard deviation over seeds, and after what share of the
+steps each setting passed the final loss of AdamW at the lecture's rate and at its best one. Trainings run
+side by side, one a core.
 """
 
 import sys
@@ -27,23 +29,24 @@ LECTURE = 6e-4
 
 
 def standard_library(path):
-    """The modules of this Python's standard library in one text file, <|endoftext|> between them, in an order of their own."""
+    """The modules of this Python's standard library, shuffled, in one text, <|endoftext|> between them."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     order = np.random.default_rng(0).permutation(len(files))
-    path.write_text("<|endoftext|>".join(files[i].read_text(encoding="utf-8") for i in order), encoding="utf-8")
+    text = "<|endoftext|>".join(files[i].read_text(encoding="utf-8") for i in order)
+    path.write_text(text, encoding="utf-8")
 
 
 def train(log_dir, steps, device="cpu", **flags):
     """
-    One training of the tiny preset, or what the flags make of it, in a process of one thread. Returns {step: validation
-    loss} for 25 steps, the first and the last.
+    One training of the tiny preset, or what the flags make of it, in a process of one thread. Returns {step:
+    validation loss} for 25 steps, the first and the last.
     """
-    flags |= {"model": "tiny", "max_steps": steps, "warmup_steps": steps // 10, "val_every": max(steps // 25, 1), "device": device,
-              "val_tokens": 4096, "sample_every": 0, "checkpoint_every": steps, "log_dir": log_dir}  # fmt: skip
-    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    done = subprocess.run(
-        [sys.executable, Path(sys.path[0], "train_gpt2.py"), *words], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    flags |= {"model": "tiny", "B": 8, "total_batch_size": 1024, "device": device, "log_dir": log_dir,
+              "max_steps": steps, "warmup_steps": steps // 10, "val_every": max(steps // 25, 1),
+              "val_tokens": 4096, "sample_every": 0, "checkpoint_every": steps}  # fmt: skip
+    command = [sys.executable, Path(__file__).resolve().parent.parent / "train_gpt2.py"]
+    command += [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         sys.exit(done.stderr)
     lines = (line.split() for line in Path(log_dir, "log.txt").read_text().splitlines())
@@ -51,9 +54,12 @@ def train(log_dir, steps, device="cpu", **flags):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", help="text file or directory of shards (Python's standard library)")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[LECTURE, 3 * LECTURE, 9 * LECTURE, 27 * LECTURE])
+    parser.add_argument("--tokenizer", default="gpt2", help="of a text file (%(default)s)")
+    parser.add_argument("--lrs", type=float, nargs="+", default=[k * LECTURE for k in (1, 3, 9, 27)])
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=250, help="(%(default)s)")
     parser.add_argument("--dtype", default="bfloat16", help="(%(default)s)")
@@ -69,34 +75,40 @@ def main():
 
         def job(setting):
             optimizer, lr, seed = setting
-            more = {"data": data, "optimizer": optimizer, "max_lr": lr, "seed": seed, "dtype": args.dtype, "device": args.device}
-            return train(Path(directory, f"{optimizer}-{lr}-{seed}"), args.steps, **more)
+            log_dir = Path(directory, f"{optimizer}-{lr}-{seed}")
+            more = {"optimizer": optimizer, "max_lr": lr, "seed": seed, "dtype": args.dtype}
+            return train(log_dir, args.steps, args.device, data=data, tokenizer=args.tokenizer, **more)
 
         runs = [*tqdm(pool.map(job, jobs), total=len(jobs))]
     steps = np.array(list(runs[0]))
-    losses = {s: np.array([list(run.values()) for job, run in zip(jobs, runs) if job[:2] == s]) for s in settings}  # (seeds, validations)
+    losses = {}  # {setting: (seeds, validations)}
+    for s in settings:
+        losses[s] = np.array([list(run.values()) for job, run in zip(jobs, runs) if job[:2] == s])
     final = {s: curves[:, -1].mean() for s, curves in losses.items()}
     best = min((s for s in settings if s[0] == "adamw"), key=final.get)
     marks = {"lecture": final["adamw", args.lrs[0]], "best": final[best]}
 
-    print(f"{'optimizer':9} {'max_lr':>8} {'final loss':>10} {'std':>6}   steps to AdamW's final loss: at {args.lrs[0]:g}, at {best[1]:g}")
+    print(f"{'optimizer':9} {'max_lr':>8} {'final loss':>10} {'std':>6}   steps to AdamW's final loss: "
+          f"at {args.lrs[0]:g}, at {best[1]:g}")  # fmt: skip
     for setting, curves in losses.items():
         mean, shares = curves.mean(axis=0), []
         for mark in marks.values():
             passed = np.flatnonzero(mean <= mark)
             shares.append(f"{steps[passed[0]] / args.steps:6.0%}" if len(passed) else f"{'never':>6}")
-        print(f"{setting[0]:9} {setting[1]:8.2g} {mean[-1]:10.4f} {curves[:, -1].std():6.4f}   {'  '.join(shares)}")
+        std = curves[:, -1].std()
+        print(f"{setting[0]:9} {setting[1]:8.2g} {mean[-1]:10.4f} {std:6.4f}   {'  '.join(shares)}")
 
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    shades = plt.cm.Blues(np.linspace(0.4, 0.95, len(args.lrs))), plt.cm.Oranges(np.linspace(0.4, 0.95, len(args.lrs)))
-    for (name, lr), color in zip(settings, np.concatenate(shades)):
+    shades = np.linspace(0.4, 0.95, len(args.lrs))
+    for (name, lr), color in zip(settings, np.concatenate((plt.cm.Blues(shades), plt.cm.Oranges(shades)))):
         curves = losses[name, lr]
         ax.plot(steps, curves.mean(axis=0), color=color, label=f"{name} {lr:.2g}: {curves[:, -1].mean():.3f}")
         ax.fill_between(steps, curves.min(axis=0), curves.max(axis=0), color=color, alpha=0.15, lw=0)
     top = np.median([curves.mean(axis=0)[len(steps) // 5] for curves in losses.values()])
-    ax.set(xlabel="steps", ylabel="validation loss (nats a token)", ylim=(min(final.values()) - 0.1, top + 0.5))
+    ax.set(xlabel="steps", ylabel="validation loss (nats a token)")
+    ax.set_ylim(min(final.values()) - 0.1, top + 0.5)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, ncols=2, title="optimizer, max_lr: final loss")
     fig.savefig(args.out, dpi=110)

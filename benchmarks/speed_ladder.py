@@ -1,12 +1,13 @@
 """
-The lecture's ladder, 1000 to 90 ms a step on an A100, on your own machine, and the steps of this project beyond it.
+The lecture's ladder, 1000 to 90 ms a step on an A100, on your own machine, and this project's rungs above.
 
     python benchmarks/speed_ladder.py                          # GPT-2 124M; B=4 on a CPU, 64 on a GPU; T=1024
     python benchmarks/speed_ladder.py --n_layer 2 --T 256      # in a few minutes
 
-Each rung keeps what the one below it brought. A rung is a process of its own, started once a round, so that each has
-its own memory and the machine's moods are shared; its figure is the median over rounds of all steps but the first of
-each. A step is forward, backward, clipping and the optimizer's step on the same B x T random tokens.
+Each rung keeps what the one below it brought. A rung is a process of its own, started once a round, so that
+each has its own memory and the machine's moods are shared; its figure is the median over rounds of all steps
+but the first of each. A step is forward, backward, clipping and the optimizer's step on the same B x T random
+tokens.
 """
 
 import sys
@@ -25,7 +26,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from train_gpt2 import GPT, PEAK_FLOPS, GPTConfig, keep_freed_memory
+from train_gpt2 import GPT, PEAK_FLOPS, GPTConfig, set_up_process
 
 # Name, what it adds to the one above, and the lecture's ms on one A100 (B=16, T=1024).
 RUNGS = [
@@ -54,27 +55,32 @@ def rungs(device):
     return ladder
 
 
-def four_line_attention(q, k, v, mask=None, dropout=0.0, is_causal=True):
+def four_line_attention(q, k, v, dropout_p, is_causal):
     att = q @ k.transpose(-2, -1) / math.sqrt(k.size(-1))
     att = att.masked_fill(~torch.ones(att.shape[-2:], dtype=torch.bool, device=q.device).tril(), -math.inf)
     return att.softmax(dim=-1) @ v
 
 
-def measure(args, vocab_size, tf32=False, bfloat16=False, compile=False, flash=False, fused=False, keep=False):
+def measure(args, vocab_size, **options):
     """One rung, in this process: {"ms": of each step, "loss": before the first one, "MB": peak memory}."""
+    names = "tf32", "bfloat16", "compile", "flash", "fused", "keep"
+    tf32, bfloat16, compile, flash, fused, keep = (options.get(name, False) for name in names)
     if keep:
-        keep_freed_memory()
+        set_up_process()  # and TF32, which is set for each rung below
     if not flash:
         F.scaled_dot_product_attention = four_line_attention
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.manual_seed(42)
     drawn = GPT(GPTConfig(args.T, 50304, args.n_layer, args.n_head, args.n_embd)).state_dict()
     model = GPT(GPTConfig(args.T, vocab_size, args.n_layer, args.n_head, args.n_embd))
-    model.load_state_dict({name: w[:vocab_size] if "wte" in name or "lm_head" in name else w for name, w in drawn.items()})
+    for name in "transformer.wte.weight", "lm_head.weight":
+        drawn[name] = drawn[name][:vocab_size]
+    model.load_state_dict(drawn)
     del drawn
     model.to(args.device)
     how = {"fused": True} if fused else {"foreach": False}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, **how)
+    how |= {"lr": 6e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    optimizer = torch.optim.AdamW(model.parameters(), **how)
     train_model = torch.compile(model) if compile else model
     torch.manual_seed(0)
     tokens = torch.randint(50257, (args.B, args.T + 1)).to(args.device)
@@ -90,16 +96,19 @@ def measure(args, vocab_size, tf32=False, bfloat16=False, compile=False, flash=F
         optimizer.zero_grad()
         losses.append(loss.item())  # waits for the GPU
         ms.append((time.perf_counter() - start) * 1000)
-    cuda = args.device == "cuda"
-    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    if args.device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
     return {"ms": ms[1:], "loss": losses[0], "MB": peak}
 
 
 def measure_matmul(args):
-    """ms of a step's matrix products alone, in bfloat16: each weight's in forward, and the two in backward."""
-    keep_freed_memory()
+    """ms of a step's matrix products alone, in bfloat16: each weight's in forward, and two in backward."""
+    set_up_process()
     C, N, total = args.n_embd, args.B * args.T, 0
-    for count, n, k in (args.n_layer, 3 * C, C), (args.n_layer, C, C), (args.n_layer, 4 * C, C), (args.n_layer, C, 4 * C), (1, 50304, C):
+    weights = [(args.n_layer, n, k) for n, k in ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C))]
+    weights.append((1, 50304, C))
+    for count, n, k in weights:
         w, x = (torch.randn(shape, device=args.device).bfloat16() for shape in ((n, k), (N, k)))
         y, times = F.linear(x, w), []
         for _ in range(args.steps + 1):
@@ -115,7 +124,9 @@ def measure_matmul(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name, default in ("n_layer", 12), ("n_head", 12), ("n_embd", 768), ("T", 1024):
         parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
@@ -128,7 +139,8 @@ def main():
     args.B = args.B or (64 if args.device == "cuda" else 4)
     ladder = rungs(args.device)
     if args.rung:
-        print(json.dumps(measure_matmul(args) if args.rung == "matmul" else measure(args, **ladder[args.rung][0])))
+        one = measure_matmul(args) if args.rung == "matmul" else measure(args, **ladder[args.rung][0])
+        print(json.dumps(one))
         return
 
     results = {rung: [] for rung in (*ladder, "matmul")}
@@ -139,30 +151,35 @@ def main():
                 sys.exit(f"{rung}: {done.stderr}")
             results[rung].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {number + 1} of {args.rounds}: {rung}", file=sys.stderr)
-    medians = {rung: statistics.median(ms for result in rounds for ms in result["ms"]) for rung, rounds in results.items()}
+    times = {rung: [ms for result in rounds for ms in result["ms"]] for rung, rounds in results.items()}
+    medians = {rung: statistics.median(ms) for rung, ms in times.items()}
     matmul = medians.pop("matmul")
-    n_params = sum(p.numel() for p in GPT(GPTConfig(args.T, 50304, args.n_layer, args.n_head, args.n_embd)).parameters())
-    flops = (6 * (n_params - args.T * args.n_embd) + 12 * args.n_layer * args.n_embd * args.T) * args.B * args.T
+    model = GPT(GPTConfig(args.T, 50304, args.n_layer, args.n_head, args.n_embd))
+    n_params = sum(p.numel() for p in model.parameters())
+    a_token = 6 * (n_params - args.T * args.n_embd) + 12 * args.n_layer * args.n_embd * args.T
+    flops = a_token * args.B * args.T
     kind = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     peak = next((v for k, v in PEAK_FLOPS.items() if k in kind), None)
     print(f"GPT-2 with {n_params:,} parameters, B={args.B}, T={args.T}, {kind}, torch {torch.__version__}")
-    print(f"The bfloat16 matrix products of a step alone: {matmul:.0f} ms; `matmul` is this over the rung's ms.")
-    print(f"{'':24} {'ms':>7} {'tokens/s':>9} {'gain':>6} {'in all':>6} {'matmul':>7} {'MFU':>6} {'MB':>6} {'loss':>8} {'A100':>6}")
+    print(f"The bfloat16 matrix products of a step alone: {matmul:.0f} ms; `matmul` is its share of a rung.")
+    print(f"{'':24} {'ms':>7} {'tokens/s':>9} {'gain':>6} {'in all':>6} {'matmul':>7} {'MFU':>6} {'MB':>6} "
+          f"{'loss':>8} {'A100':>6}")  # fmt: skip
     before = first = medians["float32"]
     for rung, ms in medians.items():
         gain = "" if rung == PLAIN else f"{before / ms:.2f}"
         mfu = f"{flops / ms * 1000 / peak:.1%}" if peak else ""
         memory, loss = max(result["MB"] for result in results[rung]), results[rung][0]["loss"]
         print(
-            f"{rung:24} {ms:7.0f} {args.B * args.T / ms * 1000:9,.0f} {gain:>6} {first / ms:6.2f} {matmul / ms:7.0%} {mfu:>6} "
-            f"{memory:6.0f} {loss:8.4f} {ladder[rung][1] or '':>6}"
+            f"{rung:24} {ms:7.0f} {args.B * args.T / ms * 1000:9,.0f} {gain:>6} {first / ms:6.2f} "
+            f"{matmul / ms:7.0%} {mfu:>6} {memory:6.0f} {loss:8.4f} {ladder[rung][1] or '':>6}"
         )
         before = ms
 
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(8, 0.4 * len(medians) + 1), layout="constrained")
-    ax.barh(medians.keys(), medians.values(), color=["#3465a4" if rung != PLAIN else "#999999" for rung in medians])
+    colors = ["#3465a4" if rung != PLAIN else "#999999" for rung in medians]
+    ax.barh(medians.keys(), medians.values(), color=colors)
     for i, ms in enumerate(medians.values()):
         ax.text(ms, i, f" {ms:,.0f}", va="center")
     ax.axvline(matmul, color="#c03030", ls="--", lw=1)

@@ -1,17 +1,18 @@
 """
-fineweb.py against the plain way: one worker process, to which `pool.imap` sends document after document, 16 at a time.
+fineweb.py against the plain way: one worker process, to which `pool.imap` sends documents, 16 at a time.
 
-    python benchmarks/tokenize.py                  # 200 MB of the Python sources on this machine, three rounds
+    python benchmarks/tokenize.py              # 200 MB of the Python sources on this machine, three rounds
     python benchmarks/tokenize.py --input 'a/*.parquet' --rounds 5
 
-Prints the tokens a second of both, medians of alternating runs from start to finish (imports apart), and their ratio.
-Shards that differ are an error.
+Prints the tokens a second of both, medians of alternating runs from start to finish (imports apart), and
+their ratio. Shards that differ are an error.
 """
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project; and this file must not hide Python's `tokenize`
+# The project is importable, and this file does not hide Python's own `tokenize`.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 import contextlib
@@ -80,7 +81,9 @@ def ours(paths, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--input", help="pattern of .parquet files with a column `text`")
     parser.add_argument("--megabytes", type=int, default=200, help="of text, without --input (200)")
     parser.add_argument("--rounds", type=int, default=3, help="(3)")
@@ -100,12 +103,14 @@ def main():
                 seconds[way].append(time.perf_counter() - start)
                 files = sorted(out.glob("*.npy"), key=lambda p: int("".join(filter(str.isdigit, p.name))))
                 shards[way] = [np.load(file) for file in files]
-            assert len(shards[plain]) == len(shards[ours]) and all(map(np.array_equal, shards[plain], shards[ours]))
+            assert len(shards[plain]) == len(shards[ours])
+            assert all(map(np.array_equal, shards[plain], shards[ours]))
             tokens = sum(map(len, shards[ours]))
             rates = ", ".join(f"{way.__name__} {tokens / seconds[way][-1] / 1e6:.2f}" for way in seconds)
-            print(f"round {i}: {tokens:,} tokens, the same from both; million tokens a second: {rates}", flush=True)
+            print(f"round {i}: {tokens:,} tokens, the same from both; million a second: {rates}", flush=True)
     a, b = (statistics.median(seconds[way]) for way in seconds)
-    print(f"medians, million tokens a second: plain {tokens / a / 1e6:.2f}, fineweb.py {tokens / b / 1e6:.2f}; "
+    plain_rate, our_rate = tokens / a / 1e6, tokens / b / 1e6
+    print(f"medians, million tokens a second: plain {plain_rate:.2f}, fineweb.py {our_rate:.2f}; "
           f"{a / b:.2f} times, on {os.cpu_count()} cores")  # fmt: skip
 
 

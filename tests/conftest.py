@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import train_gpt2
+from fineweb import UserError, get_tokenizer
+
+torch.set_num_threads(1)  # as in the processes that the tests start, so that results can be compared bit for bit
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background; what the tests start would ignore it too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -76,6 +79,11 @@ def start(*flags, until, ranks=1):
     raise AssertionError(f"ended with {process.wait()} before it printed {until!r}")
 
 
+def main(*flags):
+    """The command in this process."""
+    train_gpt2.main([str(flag) for flag in flags])
+
+
 def read_log(log_dir, stream="train"):
     """{step: value} of one stream of log.txt; a step that stands there twice fails."""
     pairs = [line.split() for line in (Path(log_dir) / "log.txt").read_text().splitlines()]
@@ -96,8 +104,8 @@ def free_port():
 
 def has_bpe():
     try:
-        return bool(tiktoken.get_encoding("gpt2"))
-    except OSError:
+        return bool(get_tokenizer("gpt2"))
+    except UserError:
         return False
 
 

@@ -1,114 +1,182 @@
-"""What goes wrong ends in one line that begins with "error:", and status 2."""
+"""What goes wrong ends in one line that names the thing and the mend, and in status 2."""
 
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_tokens, succeed, train
+from conftest import ROOT, TINY, load, main, make_tokens, read_log, train
 
-from train_gpt2 import UserError, parse_args
+import train_gpt2
+from fineweb import UserError
 
 
-def refused(*flags, **options):
-    """The one line of error that the flags end in."""
-    done = train(*flags, **options)
-    lines = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert done.returncode == 2 and "Traceback" not in done.stderr and len(lines) == 1, done.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0]
+def wrong_flags(capsys, *flags):
+    """The line in which argparse says what is wrong with the flags."""
+    with pytest.raises(SystemExit) as e:
+        main(*flags)
+    usage, line = capsys.readouterr().err.splitlines()
+    assert e.value.code == 2 and usage.startswith("usage: ") and ": error: " in line
+    return line
 
 
 @pytest.mark.parametrize(
     "flags, names",
     [
-        (["--max_stps", "3"], ["--max_stps", "did you mean --max_steps"]),
-        (["--B", "two"], ["--B", "two"]),
-        (["--B", "0"], ["--B 0", "at least 1"]),
-        (["--max_lr", "nan"], ["--max_lr nan"]),
-        (["--dropout", "1.5"], ["--dropout 1.5"]),
-        (["--device", "tpu"], ["--device", "tpu", "cuda"]),
-        (["--model", "gpt5"], ["gpt5", "gpt2-medium"]),
-        (["--data", "nowhere"], ["nowhere", "does not exist"]),
-        (["--B", "3", "--T", "100", "--total_batch_size", "1000"], ["1000", "900 or 1200"]),
-        (["--B", "8", "--T", "128", "--total_batch_size", "128"], ["1024"]),
+        ("--max_stps 3", ["--max_stps"]),
+        ("--max_step 3", ["--max_step"]),  # no abbreviations: they would change meaning with a new flag
+        ("--B two", ["--B", "two"]),
+        ("--B 0", ["--B 0", "at least 1"]),
+        ("--max_lr nan", ["--max_lr nan"]),
+        ("--max_lr inf", ["--max_lr inf"]),
+        ("--warmup_steps -1", ["--warmup_steps -1", "at least 0"]),
+        ("--dropout 1.5", ["--dropout 1.5"]),
+        ("--temperature 0", ["--temperature 0"]),
+        ("--val_tokens 100", ["--val_tokens 100", "at least 128"]),
+        ("--device tpu", ["--device", "tpu", "cuda"]),
+        ("--model gpt5", ["gpt5", "gpt2-medium"]),
+        ("--data nowhere", ["nowhere", "does not exist"]),
+        ("--data=", ["--data ''"]),
+        ("--prompt=", ["--prompt is empty"]),
+        ("--T 100 --total_batch_size 1050", ["--total_batch_size 1050", "T * ranks = 100"]),
+        ("--T 128 --total_batch_size 64", ["--total_batch_size 64", "T * ranks = 128"]),
+        ("--max_lr 1e-5 --min_lr 1e-4", ["--min_lr 0.0001", "--max_lr 1e-05"]),
+        ("--resume --init_from gpt2", ["--resume and --init_from"]),
     ],
 )
-def test_flags(flags, names, monkeypatch):
-    monkeypatch.chdir(__import__("conftest").ROOT)
-    with pytest.raises(UserError) as e:
-        parse_args(flags)
-    assert all(name in str(e.value) for name in names), str(e.value)
+def test_flags(flags, names, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    line = wrong_flags(capsys, *flags.split())
+    assert all(name in line for name in names), line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_cuda_where_there_is_none(shards):
-    assert "--device cuda" in refused("--data", shards, *TINY, "--device", "cuda")
+def test_cuda_where_there_is_none(shards, capsys):
+    assert "--device cuda" in wrong_flags(capsys, "--data", shards, *TINY, "--device", "cuda")
 
 
-@pytest.mark.parametrize(
-    "flags, names", [(["--T", "2048", "--B", "1", "--total_batch_size", "2048"], ["2048", "1024"]), (["--n_head", "3"], ["n_head 3"])]
-)
-def test_model_that_cannot_be(shards, tmp_path, flags, names):
-    line = refused("--data", shards, *TINY, *flags, "--log_dir", tmp_path / "log")
-    assert all(name in line for name in names)
+def refused(*flags):
+    with pytest.raises(UserError) as e:
+        main(*flags)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def test_model_that_cannot_be(shards, tmp_path):
+    flags = ["--data", shards, *TINY, "--log_dir", tmp_path / "log"]
+    line = refused(*flags, "--T", 2048, "--total_batch_size", 2048)
+    assert "2048" in line and "1024" in line
+    assert "n_head 3" in refused(*flags, "--n_head", 3)
     assert not (tmp_path / "log").exists()
 
 
 def test_data_that_cannot_be(shards, tmp_path):
     flags = [*TINY, "--max_steps", 30, "--log_dir", tmp_path / "log", "--data"]
     (tmp_path / "empty").mkdir()
-    assert "empty" in refused(*flags, tmp_path / "empty")
+    assert "empty needs shards" in refused(*flags, tmp_path / "empty")
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1") * 1000)
-    assert "latin.txt is not UTF-8" in refused(*flags, tmp_path / "latin.txt")
+    assert "latin.txt can't be read" in refused(*flags, tmp_path / "latin.txt", "--model", "tiny")
     (tmp_path / "short.txt").write_text("too short")
     assert "short.txt" in refused(*flags, tmp_path / "short.txt")
     np.save(shards / "edufineweb_train_000004.npy", make_tokens(200, 1).astype(np.int64))
-    assert "000004.npy is 1-D int64" in refused(*flags, shards)
+    line = refused(*flags, shards)
+    assert "000004.npy" in line and "1-D int64" in line
 
 
 def test_a_bad_shard_met_in_mid_run_loses_nothing(shards, tmp_path):
-    """Ids are checked when a shard is read: what was trained until then is saved, and goes on with a good shard."""
+    """Ids are checked when a row is read: what was trained until then is saved, and goes on with a good shard."""
     bad = shards / "edufineweb_train_000003.npy"
     good = bad.read_bytes()
     np.save(bad, np.full(150, 60000, dtype=np.uint16))
     flags = ["--data", shards, *TINY, "--no-shuffle", "--max_steps", 10, "--log_dir", tmp_path / "log"]
     line = refused(*flags)
     assert str(bad) in line and "60000" in line
-    assert torch.load(tmp_path / "log" / "latest.pt", weights_only=True)["step"] == 4  # 32 good rows, 8 a step
+    assert load(tmp_path / "log" / "latest.pt")["step"] == 4  # 32 good rows, 8 a step
     bad.write_bytes(good)
-    succeed(*flags, "--resume")
+    main("--resume", "--log_dir", tmp_path / "log")
+    assert list(read_log(tmp_path / "log")) == list(range(10))
 
 
-def test_resume(shards, tmp_path):
-    log_dir = tmp_path / "log"
-    flags = ["--data", shards, *TINY, "--max_steps", 2, "--log_dir", log_dir]
-    assert "latest.pt" in refused(*flags, "--resume")
-    succeed(*flags)
+@pytest.fixture
+def run(shards, tmp_path):
+    """A run of 2 steps, and the flags that resume it."""
+    flags = ["--data", shards, *TINY, "--max_steps", 2, "--log_dir", tmp_path / "log"]
+    main(*flags)
+    return tmp_path / "log", ["--resume", "--max_steps", 4, "--log_dir", tmp_path / "log"]
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("T", 32), ("total_batch_size", 256), ("n_embd", 32), ("n_layer", 3), ("optimizer", "muon"), ("seed", 1)],
+)
+def test_what_a_resumed_run_cannot_change(run, flag, value):
+    log_dir, resume = run
     before = (log_dir / "log.txt").read_text()
-    assert "n_embd 16" in refused(*flags, "--resume", "--n_embd", 32)
-    assert "step 2" in refused(*flags, "--resume", "--max_steps", 1)
-    shutil.copy(log_dir / "model_00002.pt", log_dir / "latest.pt")
-    assert "weights only" in refused(*flags, "--resume")
-    (log_dir / "latest.pt").write_bytes((log_dir / "model_00002.pt").read_bytes()[:5000])
-    assert "latest.pt is damaged" in refused(*flags, "--resume")
+    line = refused(*resume, f"--{flag}", value)
+    assert f"{flag} was" in line or f"has {flag}" in line
+    with pytest.raises(UserError, match="shuffle was True"):
+        main(*resume, "--no-shuffle")
     assert (log_dir / "log.txt").read_text() == before
 
 
+def test_a_resumed_run_needs_the_shards_that_it_had(run, shards):
+    log_dir, resume = run
+    np.save(shards / "edufineweb_train_000002.npy", make_tokens(216, 2))  # 16 tokens more: other rows
+    assert "shards was" in refused(*resume)
+
+
+def test_a_resumed_run_keeps_its_rate_below_the_maximum(shards, tmp_path, capsys):
+    flags = ["--data", shards, *TINY, "--max_steps", 2, "--min_lr", 1e-3, "--log_dir", tmp_path / "log"]
+    main(*flags)
+    assert "--min_lr 0.001" in wrong_flags(capsys, "--resume", "--max_lr", 1e-4, "--log_dir", tmp_path / "log")
+
+
+def test_latest_pt_that_cannot_be_resumed(run):
+    log_dir, resume = run
+    good = (log_dir / "latest.pt").read_bytes()
+    (log_dir / "latest.pt").unlink()
+    assert "latest.pt can't be read" in refused(*resume)
+    shutil.copy(log_dir / "model_00002.pt", log_dir / "latest.pt")
+    assert "weights only" in refused(*resume)
+    (log_dir / "latest.pt").write_bytes(good[: len(good) // 2])
+    assert "latest.pt can't be read" in refused(*resume)
+
+
+def test_moments_of_a_wrong_shape_are_refused(run):
+    """They crashed the process in the fused AdamW."""
+    log_dir, resume = run
+    latest = load(log_dir / "latest.pt")
+    latest["optimizers"][0]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(latest, log_dir / "latest.pt")
+    line = refused(*resume)
+    assert "latest.pt" in line and "(50304, 16)" in line
+
+
+def test_a_run_that_is_further_than_max_steps(run, capsys):
+    log_dir, _ = run
+    assert "at step 2" in wrong_flags(capsys, "--resume", "--log_dir", log_dir, "--max_steps", 1)
+
+
 def test_init_from(shards, tmp_path):
-    assert "nowhere.pt" in refused("--data", shards, "--init_from", "nowhere.pt", "--T", 16)
+    flags = ["--data", shards, *TINY, "--init_from"]
+    assert "nowhere.pt can't be read" in refused(*flags, "nowhere.pt")
     (tmp_path / "x.pt").write_text("not a checkpoint")
-    assert "x.pt" in refused("--data", shards, "--init_from", tmp_path / "x.pt", "--T", 16)
+    assert "x.pt can't be read" in refused(*flags, tmp_path / "x.pt")
 
 
 def test_log_dir_that_cannot_be_made(shards, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "file" in refused("--data", shards, *TINY, "--log_dir", tmp_path / "file" / "log")
+    done = train("--data", shards, *TINY, "--log_dir", tmp_path / "file" / "log")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ") and "file" in line]
 
 
 def test_under_torchrun_one_rank_speaks(shards):
-    done = train("--data", shards, *TINY, "--B", "3", ranks=2)
-    assert done.returncode != 0
-    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
-        "error: --total_batch_size 128 is not a multiple of B * T * ranks = 3 * 16 * 2 = 96: 96 or 192 would be"
-    ]
+    for flags, line in (
+        (["--T", "24"], "train_gpt2.py: error: --total_batch_size 128 is no multiple of T * ranks = 48"),
+        (["--n_head", "3"], "error: n_embd 16 is not divisible by n_head 3: change one"),
+    ):
+        done = train("--data", shards, *TINY, *flags, ranks=2)
+        assert done.returncode != 0
+        lines = [line for line in done.stderr.splitlines() if line.startswith(("error: ", "train_gpt2.py: error: "))]
+        assert lines == [line], done.stderr

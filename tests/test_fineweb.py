@@ -3,35 +3,41 @@
 import json
 import os
 import random
-import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, TINY, environment, needs_bpe, read_log, succeed, train
+from conftest import ROOT, environment, make_tokens, needs_bpe
+from tiktoken.load import read_file_cached
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import fineweb
-from train_gpt2 import EOT, UserError, find_shards, get_tokenizer
+import train_gpt2
+from fineweb import UserError, find_shards, get_tokenizer, open_shard
 
-SIZE = 1_000_000
+SIZE = 120_000  # tokens of a shard
+EOT = 256  # end of text of the tokenizer "bytes", whose other ids are the values of the bytes
 
 
 def make_texts(n, seed=0):
-    """n documents of 1 to 4,000 characters, most of ASCII, with line ends of all kinds and the end-of-text string."""
+    """n documents of up to 4,000 characters, with line ends of all kinds and the end-of-text string. Each
+    ends in its number, so no two are alike."""
     rng = random.Random(seed)
-    words = ["tide", "harbour", "rope", "naïve", "潮", "🦀", "<|endoftext|>", "\r\n", "\n\n", "\t", "\0", " ", "I'll", "1905"]
-    pool = " ".join(rng.choices(words, k=100_000))
+    words = ["tide", "rope", "I'll", "naïve", "潮", "🦀", "<|endoftext|>", "\r\n", "\n\n", "\t", "\0", " "]
+    pool = " ".join(rng.choices(words, k=20_000))
     starts = [rng.randrange(len(pool) - 4000) for _ in range(n)]
-    return [pool[start : start + rng.randint(1, 4000)] for start in starts]
+    return [f"{pool[start : start + rng.randint(0, 4000)]}#{i}" for i, start in enumerate(starts)]
 
 
-def write_parquet(path, texts, row_group_size):
+def write_parquet(path, texts, row_group_size=100):
     pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), path, row_group_size=row_group_size)
 
 
@@ -41,29 +47,42 @@ def write_jsonl(path, texts):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """20,400 documents in four formats (some 40 MB), and their texts in order."""
-    directory = tmp_path_factory.mktemp("corpus")
-    texts = make_texts(20_400)
-    write_parquet(directory / "a.parquet", texts[:8000], 8000)
-    write_parquet(directory / "b.parquet", texts[8000:12000], 97)
-    write_jsonl(directory / "c.jsonl", texts[12000:20000])
-    for i, text in enumerate(texts[20000:]):
+    """3,000 documents in three formats, several batches of characters; and their texts in order."""
+    directory, texts = tmp_path_factory.mktemp("corpus"), make_texts(3000)
+    write_parquet(directory / "a.parquet", texts[:1000], 1000)
+    write_parquet(directory / "b.parquet", texts[1000:1600], 97)
+    write_jsonl(directory / "c.jsonl", texts[1600:2900])
+    for i, text in enumerate(texts[2900:]):
         (directory / f"d{i:03d}.txt").write_text(text, encoding="utf-8", newline="")
     return directory, texts
+
+
+def tokenize(*flags):
+    fineweb.main(["--tokenizer", "bytes", *map(str, flags)])
+
+
+def refused(*flags):
+    """The message of the UserError with which the call ends."""
+    with pytest.raises(UserError) as e:
+        tokenize(*flags)
+    assert "\n" not in str(e.value)
+    return str(e.value)
 
 
 def command(*flags):
     return [sys.executable, str(ROOT / "fineweb.py"), "--tokenizer", "bytes", *map(str, flags)]
 
 
-def tokenize(*flags, env={}, **options):
-    return subprocess.run(command(*flags), env=environment(**env), capture_output=True, text=True, timeout=300, **options)
+def start(*flags, env={}, prefix=(), **options):
+    """Run the script as a person would, to its end."""
+    options |= {"env": environment(**env), "capture_output": True, "text": True, "timeout": 100}
+    return subprocess.run([*prefix, *command(*flags)], **options)
 
 
-def refused(*flags, **options):
-    done = tokenize(*flags, **options)
-    lines = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert done.returncode == 2 and "Traceback" not in done.stderr and len(lines) == 1, done.stderr
+def error_line(done):
+    """The one line with which a run ended that made an error known."""
+    lines = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
     assert lines[0].startswith("error: ")
     return lines[0]
 
@@ -72,252 +91,486 @@ def contents(out):
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
+def times(out):
+    """When each shard was written."""
+    return {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
+
+
+def read_meta(out):
+    return json.loads((out / "meta.json").read_text())
+
+
+def read_documents(out):
+    """The texts in the shards of a directory, made with the tokenizer "bytes"."""
+    tokens = np.concatenate([np.load(out / name) for name in read_meta(out)["shards"]])
+    assert tokens[0] == EOT
+    documents = np.split(tokens, np.flatnonzero(tokens == EOT))[1:]
+    return [bytes(document[1:].tolist()).decode() for document in documents]
+
+
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
-    """The corpus as one worker tokenises it without a stop."""
-    directory, texts = corpus
+    """The corpus as one thread tokenizes it without a stop."""
     out = tmp_path_factory.mktemp("whole") / "shards"
-    done = tokenize("--input", directory / "*", "--out", out, "--shard_size", SIZE, "--workers", 1)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    tokenize("--input", corpus[0] / "*", "--out", out, "--shard_size", SIZE, "--workers", 1)
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# Every document once, and the same shards however they were made
 
 
 def test_every_document_comes_back_exactly(corpus, whole):
-    (_, texts), (out, said) = corpus, whole
-    names = sorted(path.name for path in out.glob("*.npy"))
-    n = len(names)
-    assert names == [*(f"edufineweb_train_{i:06d}.npy" for i in range(1, n)), "edufineweb_val_000000.npy"]
-    shards = [np.load(out / name) for name in [names[-1], *names[:-1]]]
+    assert read_documents(whole) == corpus[1]
+
+
+def test_shards_are_uint16_of_exactly_shard_size_tokens_and_the_first_is_for_validation(whole):
+    names = sorted(path.name for path in whole.glob("*.npy"))
+    expected = [f"edufineweb_train_{i:06d}.npy" for i in range(1, len(names))]
+    assert names == [*expected, "edufineweb_val_000000.npy"]
+    shards = [np.load(whole / name) for name in read_meta(whole)["shards"]]
+    assert len(shards) == len(names) > 30
     assert all(shard.dtype == np.uint16 and shard.ndim == 1 for shard in shards)
-    assert [len(shard) for shard in shards[:-1]] == [SIZE] * (n - 1) and 0 < len(shards[-1]) <= SIZE
-    tokens, decode = np.concatenate(shards), get_tokenizer("bytes").decode_bytes
-    assert tokens[0] == EOT
-    documents = np.split(tokens, np.flatnonzero(tokens == EOT))[1:]
-    assert [decode(document[1:]).decode() for document in documents] == texts
-    meta = json.loads((out / "meta.json").read_text())
-    assert (meta["tokenizer"], meta["vocab_size"], meta["complete"]) == ("bytes", 50257, True)
-    for name, shard in zip(meta["shards"], shards):
-        entry = meta["shards"][name]
+    assert {len(shard) for shard in shards[:-1]} == {SIZE} and 0 < len(shards[-1]) <= SIZE
+
+
+def test_meta_json_describes_the_shards(corpus, whole):
+    meta, texts = read_meta(whole), corpus[1]
+    assert (meta["tokenizer"], meta["vocab_size"], meta["eot"], meta["complete"]) == ("bytes", 257, 256, True)
+    assert meta["shares"] == {"all": 1.0}
+    assert meta["counts"] == {"all": {"documents": 3000, "characters": sum(map(len, texts))}}
+    for name, entry in meta["shards"].items():
+        shard = np.load(whole / name)
         assert entry["tokens"] == len(shard) and entry["documents"] == (shard == EOT).sum()
-        assert entry["bytes"] == len(decode(shard[shard != EOT]))
-    assert f"{len(texts):,} documents, {sum(len(text.encode()) for text in texts):,} bytes" in said
+        assert entry["bytes"] == (shard != EOT).sum()
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_any_number_of_workers_gives_the_same_bytes(corpus, whole, tmp_path, workers):
-    done = tokenize("--input", corpus[0] / "*", "--out", tmp_path / "out", "--shard_size", SIZE, "--workers", workers)
-    assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "out") == contents(whole[0])
+def test_a_complete_run_says_what_there_is_also_the_second_time(corpus, whole, capsys):
+    before = contents(whole)
+    tokenize("--input", corpus[0] / "*", "--out", whole, "--shard_size", SIZE)
+    size = sum(len(text.encode()) for text in corpus[1])
+    assert f"{size + 3000:,} tokens, 3,000 documents, {size:,} bytes of text" in capsys.readouterr().out
+    assert contents(whole) == before
 
 
-def alive(group):
-    """Are there processes of this process group?"""
-    try:
-        return os.killpg(group, 0) is None
-    except ProcessLookupError:
-        return False
+def test_any_number_of_workers_gives_the_same_bytes(corpus, whole, tmp_path):
+    tokenize("--input", corpus[0] / "*", "--out", tmp_path, "--shard_size", SIZE, "--workers", 3)
+    assert contents(tmp_path) == contents(whole)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_stopped_at_random_moments_it_goes_on_to_the_same_bytes(corpus, whole, tmp_path, how):
-    """What is complete is never touched again, nothing else has a final name, and no worker is left behind."""
-    out, rng, written = tmp_path / "out", random.Random(how), {}
-    flags = command("--input", corpus[0] / "*", "--out", out, "--shard_size", SIZE, "--workers", 2)
-    for _ in range(2):  # each time a pair of units is done, some ten of 45 shards
-        with subprocess.Popen(flags, env=environment(), stderr=subprocess.PIPE, start_new_session=True) as process:
-            count = len(written) + rng.randint(1, 4)
-            while process.poll() is None and (not out.exists() or len(list(out.glob("*.npy"))) < count):
-                time.sleep(0.01)
-            time.sleep(rng.random() / 10)
-            process.send_signal(how) if how == signal.SIGKILL else os.killpg(process.pid, how)  # a terminal tells all
-            assert b"Traceback" not in process.stderr.read()
-        assert process.returncode == (-9 if how == signal.SIGKILL else 130)
-        until = time.time() + 20
-        while alive(process.pid) and time.time() < until:
-            time.sleep(0.05)
-        assert not alive(process.pid)
-        now = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
-        assert written.items() <= now.items() and len(now) > len(written)
-        assert all((out / name).read_bytes() == (whole[0] / name).read_bytes() for name in now)
-        written = now
-    assert subprocess.run(flags, env=environment(), capture_output=True).returncode == 0
-    assert contents(out) == contents(whole[0])
-    assert written.items() <= {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}.items()
-    assert subprocess.run(flags, env=environment(), capture_output=True).returncode == 0  # nothing left to do
-    assert contents(out) == contents(whole[0])
-
-
-def test_a_kill_between_an_entry_and_its_shard(corpus, whole, tmp_path):
-    """The entry is written first; without the file it does not count."""
-    out = tmp_path / "out"
-    out.mkdir()
-    meta = json.loads((whole[0] / "meta.json").read_text())
-    for name in list(meta["shards"])[:3]:
-        (out / name).write_bytes((whole[0] / name).read_bytes())
-    meta["shards"] = dict(list(meta["shards"].items())[:4])
-    (out / "meta.json").write_text(json.dumps(meta | {"complete": False}))
-    assert tokenize("--input", corpus[0] / "*", "--out", out, "--shard_size", SIZE).returncode == 0
-    assert contents(out) == contents(whole[0])
-
-
-@pytest.mark.parametrize("piece", [1, 50, 1000, 10**6])
-def test_pieces_of_any_size_give_each_document_once(tmp_path, piece):
-    texts = [text[:90] for text in make_texts(120, seed=1)]
+@pytest.mark.parametrize("batch", [1, 3000, 10**9])
+def test_batches_of_any_size_give_each_document_once(tmp_path, monkeypatch, batch):
+    monkeypatch.setattr(fineweb, "BATCH", batch)
+    texts = [text[-90:] for text in make_texts(120, seed=1)]
     write_parquet(tmp_path / "a.parquet", texts[:40], 7)
     write_jsonl(tmp_path / "b.jsonl", texts[40:80])
     for i, text in enumerate(texts[80:]):
         (tmp_path / f"c{i:02d}.txt").write_text(text, encoding="utf-8", newline="")
-    pieces = fineweb.make_pieces(fineweb.local_files([str(tmp_path / "*"), str(tmp_path / "*.jsonl")]), piece)
-    found = {}
-    for worker in range(3):  # each reads every third piece, in this process
-        for i in range(worker, len(pieces), 3):
-            paths, start, stop = pieces[i]
-            found[i] = [t for path in paths for t in fineweb.READERS[path[path.rindex(".") :]](path, start, stop, "text")]
-    assert [text for i in range(len(pieces)) for text in found[i]] == texts
-    assert len(pieces) > 100 if piece == 1 else True
-    assert len(pieces) == 3 if piece == 10**6 else True
+    # A file that two patterns match counts once.
+    tokenize("--input", tmp_path / "*", tmp_path / "*.jsonl", "--out", tmp_path / "out", "--shard_size", 997)
+    assert read_documents(tmp_path / "out") == texts
+    n = {1: 121, 3000: len("".join(texts)) // 3000 + 1, 10**9: 1}[batch]  # the last batch may be empty
+    assert n - 1 <= list(read_meta(tmp_path / "out")["shards"].values())[-1]["end"][0] <= n
 
 
-def test_a_mixture_takes_its_shares_and_is_the_same_all_along(corpus, tmp_path):
-    """All documents of one source, a quarter of another's, each whole; in every shard the same proportions; any workers."""
-    directory, texts = corpus
-    whole, part = set(texts[:8000]), set(texts[12000:20000])
-    mix = ["--mix", f"{directory}/a.parquet:1.0", f"{directory}/c.*:0.25", "--shard_size", 700_000]
-    for workers in (1, 2):
-        done = tokenize(*mix, "--out", tmp_path / f"{workers}", "--workers", workers)
-        assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "1") == contents(tmp_path / "2")
-    meta = json.loads((tmp_path / "1" / "meta.json").read_text())
-    shards = [np.load(tmp_path / "1" / name) for name in meta["shards"]]
-    decode, share = get_tokenizer("bytes").decode_bytes, []
-    for shard in shards:
-        documents = [decode(tokens[1:]).decode(errors="replace") for tokens in np.split(shard, np.flatnonzero(shard == EOT))[1:-1]]
-        assert all(text in whole or text in part for text in documents)
-        share.append(sum(len(text) for text in documents if text in part) / len(shard))
-    assert len(shards) > 10 and max(share[:-1]) - min(share[:-1]) < 0.1
-    tokens = np.concatenate(shards)
-    stream = [decode(document[1:]).decode() for document in np.split(tokens, np.flatnonzero(tokens == EOT))[1:]]
-    assert sorted(text for text in stream if text in whole) == sorted(texts[:8000])
-    assert [source["share"] for source in meta["sources"].values()] == [1, 0.25]
-    (n, of_n), (m, of_m) = (np.sum([shard["sources"][name] for shard in meta["shards"].values()], axis=0) for name in meta["sources"])
-    assert n == 8000 and abs(m - 2000) < 10 and len(stream) == n + m and of_n + of_m == len(tokens)
-    assert f"{of_m / len(tokens):.1%} are the {m:,} documents of {directory}/c.*" in done.stdout
-    again = mix[:2] + [f"{directory}/c.*:0.5"] + mix[3:]
-    assert "sources" in refused(*again, "--out", tmp_path / "1")
+@pytest.mark.parametrize("name", ["a.parquet", "b.parquet", "c.jsonl", "d000.txt"])
+def test_readers_tell_how_much_of_the_file_has_been_read(corpus, name):
+    path = corpus[0] / name
+    shares = [far for far, _ in fineweb.READERS[path.suffix](str(path), "text")]
+    assert 0 < shares[0] and shares == sorted(shares) and shares[-1] == 1
+    middle = shares[len(shares) // 2]
+    assert len(shares) == 1 or middle == pytest.approx(0.5, abs=0.05)  # all documents are of like size
 
 
-@pytest.mark.parametrize("mix", ["docs/*.txt", "docs/*.txt:much", "docs/*.txt:0", "docs/*.txt:1.5", "nowhere/*.txt:1"])
-def test_a_mixture_that_makes_no_sense(tmp_path, mix):
+def test_main_can_be_called_again_in_one_process(tmp_path):
+    """Nothing is left over from a call, counts and settings included."""
+    for i, n in enumerate((50, 70)):
+        write_jsonl(tmp_path / f"{i}.jsonl", texts := make_texts(n, seed=i))
+        tokenize("--input", tmp_path / f"{i}.jsonl", "--out", tmp_path / f"out{i}", "--shard_size", 5000)
+        assert read_documents(tmp_path / f"out{i}") == texts
+        assert read_meta(tmp_path / f"out{i}")["counts"]["all"]["documents"] == n
+
+
+# --------------------------------------------------------------------------------------------------
+# Stops
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_at_random_moments_it_goes_on_to_the_same_bytes(corpus, whole, tmp_path, how):
+    """What meta.json lists is never touched again, and no part of a shard has the name of a shard."""
+    out, rng, listed = tmp_path / "out", random.Random(how), {}
+    flags = "--input", corpus[0] / "*", "--out", out, "--shard_size", SIZE, "--workers", 2
+    for _ in range(2):
+        with subprocess.Popen(command(*flags), env=environment(), stderr=subprocess.PIPE) as process:
+            count = len(listed) + rng.randint(1, 5)  # of 56 shards, some ten in a batch
+            while process.poll() is None and len(list(out.glob("*.npy"))) < count:
+                time.sleep(0.001)
+            time.sleep(rng.random() / 50)
+            process.send_signal(how)
+            assert b"Traceback" not in process.stderr.read()
+        assert process.returncode == (-9 if how == signal.SIGKILL else 130)
+        files, names = times(out), read_meta(out)["shards"]
+        assert listed.items() <= files.items() and len(names) >= count - 1
+        assert len(files.keys() - names) <= 1 and files.keys() >= set(names)  # a stop between shard and entry
+        assert all((out / name).read_bytes() == (whole / name).read_bytes() for name in files)
+        listed = {name: files[name] for name in names}
+    tokenize(*flags)
+    assert listed.items() <= times(out).items()
+    assert contents(out) == contents(whole)  # and so nothing else is left
+
+
+def stop_after(whole, out, n):
+    """Make `out` what a stop would have left of `whole` after n shards; returns the n + 1st entry."""
+    shutil.copytree(whole, out)
+    meta = read_meta(out) | {"complete": False}
+    del meta["counts"]
+    entries = list(meta["shards"].items())
+    for name, _ in entries[n:]:
+        (out / name).unlink()
+    (out / "meta.json").write_text(json.dumps(meta | {"shards": dict(entries[:n])}))
+    return entries[n]
+
+
+@pytest.mark.parametrize("n", [0, 1, 20])
+def test_a_kill_between_a_shard_and_its_entry(corpus, whole, tmp_path, n):
+    """The shard is written before its entry; without an entry it is written again."""
+    name, _ = stop_after(whole, out := tmp_path / "out", n)
+    (out / name).write_bytes(b"as if another run had put it there")
+    tokenize("--input", corpus[0] / "*", "--out", out, "--shard_size", SIZE)
+    assert contents(out) == contents(whole)
+
+
+def test_an_entry_without_its_shard_does_not_count(corpus, whole, tmp_path):
+    shutil.copytree(whole, out := tmp_path / "out")
+    (out / "edufineweb_train_000007.npy").unlink()
+    tokenize("--input", corpus[0] / "*", "--out", out, "--shard_size", SIZE)
+    assert contents(out) == contents(whole)
+
+
+def test_a_kill_after_the_last_shard(corpus, whole, tmp_path):
+    shutil.copytree(whole, out := tmp_path / "out")
+    meta = read_meta(out) | {"complete": False}
+    del meta["counts"]
+    (out / "meta.json").write_text(json.dumps(meta))
+    tokenize("--input", corpus[0] / "*", "--out", out, "--shard_size", SIZE)
+    assert contents(out) == contents(whole)
+
+
+def test_after_a_stop_the_batches_before_the_last_shard_are_left_out(corpus, whole, tmp_path, monkeypatch):
+    stop_after(whole, out := tmp_path / "out", 20)
+    first, calls, encode = list(read_meta(out)["shards"].values())[-1]["end"][0], [], fineweb.encode_documents
+    monkeypatch.setattr(fineweb, "encode_documents", lambda *args: calls.append(args[1]) or encode(*args))
+    tokenize("--input", corpus[0] / "*", "--out", out, "--shard_size", SIZE)
+    assert contents(out) == contents(whole)
+    again = [text for texts in calls for text in texts]
+    assert first >= 2 and sorted(again) == sorted(corpus[1][-len(again) :])
+    assert len("".join(again)) < len("".join(corpus[1])) - first * 2**20 < len("".join(again)) + 2**20
+
+
+def test_disk_full_keeps_what_is_complete(corpus, whole, tmp_path):
+    """A limit on the size of a file stands for the full disk: the write fails in the middle of a shard."""
+    flags = "--input", corpus[0] / "*", "--out", tmp_path / "out", "--shard_size", SIZE
+    done = start(*flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, SIZE)))
+    line = error_line(done)
+    assert "edufineweb_val_000000.npy" in line and "make room" in line
+    assert set(contents(tmp_path / "out")) == {"meta.json"}
+    tokenize(*flags)
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_file_gets_its_name_when_it_is_complete(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("previous")
+    for error in KeyboardInterrupt, OSError, ValueError:
+        with pytest.raises(UserError if error is OSError else error), fineweb.complete_file(path) as f:
+            f.write(b"a part")
+            f.flush()
+            assert path.read_text() == "previous"
+            raise error
+        assert contents(tmp_path) == {"file": b"previous"}
+    with fineweb.complete_file(path) as f:
+        f.write(b"all of it")
+    assert contents(tmp_path) == {"file": b"all of it"}
+
+
+# --------------------------------------------------------------------------------------------------
+# Mixtures
+
+
+@pytest.fixture(scope="module")
+def mixture(corpus, tmp_path_factory):
+    """All documents of a.parquet (numbers 0 to 999) and a quarter of those of c.jsonl (1600 to 2899)."""
+    out = tmp_path_factory.mktemp("mixture") / "shards"
+    mix = ["--mix", f"{corpus[0]}/a.parquet:1.0", f"{corpus[0]}/c.*:0.25", "--shard_size", 100_000]
+    tokenize(*mix, "--out", out, "--workers", 1)
+    return mix, out
+
+
+def test_a_mixture_takes_its_shares_evenly_and_in_order(corpus, mixture):
+    found = read_documents(mixture[1])
+    numbers = [int(text.rsplit("#", 1)[1]) for text in found]
+    assert found == [corpus[1][i] for i in numbers]
+    assert [i for i in numbers if i < 1600] == list(range(1000))
+    taken = [i for i in numbers if i >= 1600]
+    assert len(taken) == 1300 // 4 and set(np.diff(taken)) == {4} and taken[0] < 1604
+
+
+def test_a_mixture_is_the_same_all_along(mixture):
+    """Wherever one stops, as large a part of one source has been read as of the other."""
+    numbers = np.array([int(text.rsplit("#", 1)[1]) for text in read_documents(mixture[1])])
+    read = np.cumsum(numbers < 1000) / 1000 - np.cumsum(numbers >= 1600) / 325
+    assert abs(read).max() < 0.04
+
+
+def test_meta_json_counts_what_each_source_gave(corpus, mixture, capsys):
+    mix, out = mixture
+    (a, c), texts = (word.rpartition(":")[0] for word in mix[1:3]), corpus[1]
+    meta, length = read_meta(out), sum(map(len, texts[1603:2900:4]))
+    assert meta["shares"] == {a: 1.0, c: 0.25} and meta["source"]["mix"] == mix[1:3]
+    assert meta["counts"][a] == {"documents": 1000, "characters": sum(map(len, texts[:1000]))}
+    assert meta["counts"][c] == {"documents": 325, "characters": length}
+    tokenize(*mix, "--out", out)
+    assert f"{c}: 325 documents, {length:,} characters" in capsys.readouterr().out
+
+
+def test_a_mixture_is_the_same_with_any_number_of_workers_and_after_a_stop(mixture, tmp_path):
+    mix, out = mixture
+    stop_after(out, tmp_path / "out", 9)
+    tokenize(*mix, "--out", tmp_path / "out", "--workers", 3)
+    assert contents(tmp_path / "out") == contents(out)
+
+
+def test_other_shares_over_shards_are_refused(mixture):
+    mix, out = mixture
+    assert "shares" in refused(*mix[:2], mix[2].replace("0.25", "0.5"), *mix[3:], "--out", out)
+
+
+def test_any_share_takes_that_part_of_the_documents(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [f"{i:03d}" for i in range(1000)])
+    for share in 0.001, 0.1, 1 / 3, 0.7, 1:
+        source = fineweb.Source("a", share, [str(tmp_path / "a.jsonl")], Counter())
+        taken = [int(text) for _, text in fineweb.read_source(source, "text")]
+        assert abs(len(taken) - 1000 * share) <= 1
+        assert np.all(np.abs(np.array(taken) - (np.arange(len(taken)) + 1) / share) <= 1 / share + 1)
+
+
+@pytest.mark.parametrize("mix", ["docs/*", "docs/*:much", "docs/*:0", "docs/*:1.5", "docs/*:nan", "nix/*:1"])
+def test_a_mixture_that_makes_no_sense(tmp_path, monkeypatch, mix):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.txt").write_text("a" * 100)
-    assert mix.split(":")[0] in refused("--mix", mix, "--out", tmp_path / "out", cwd=tmp_path)
+    assert mix.split(":")[0] in refused("--mix", mix, "--out", "out")
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_tokenizer_of_hugging_face(tmp_path):
-    """Its own ids, end of text and bytes; a copy of it goes with the shards. What is no byte-level BPE is refused."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+# --------------------------------------------------------------------------------------------------
+# Tokenizers
 
-    texts = make_texts(300)
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """The path of a byte-level BPE of 400 tokens in Hugging Face's format; its end of text is 1."""
     bpe = Tokenizer(models.BPE())
-    bpe.normalizer, bpe.pre_tokenizer = normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<pad>", "<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(texts, trainer)
-    bpe.save(str(tmp_path / "tokenizer.json"))
-    write_jsonl(tmp_path / "a.jsonl", texts)
-    flags = ["--input", tmp_path / "a.jsonl", "--shard_size", 20_000, "--workers", 2]
-    done = tokenize(*flags, "--out", tmp_path / "out", "--tokenizer", tmp_path)
-    assert done.returncode == 0, done.stderr
-    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert (meta["tokenizer"], meta["vocab_size"], meta["eot"]) == ("tokenizer.json", 600, 1)
-    tokens = np.concatenate([np.load(tmp_path / "out" / name) for name in meta["shards"]])
-    bpe.encode_special_tokens = True
-    assert tokens.tolist() == [i for text in texts for i in (1, *bpe.encode(text).ids)]
-    assert sum(shard["bytes"] for shard in meta["shards"].values()) == sum(len(text.encode()) for text in texts)
-    splits, vocabulary, _ = find_shards(tmp_path / "out", 1)
-    assert vocabulary == {"tokenizer": str(tmp_path / "out" / "tokenizer.json"), "n_tokens": 600, "eot": 1}
-    ours = get_tokenizer(vocabulary["tokenizer"])
-    assert ours.decode(ours.encode_ordinary(texts[0])) == texts[0]
-    Tokenizer(models.WordLevel({"<|endoftext|>": 0, "word": 1}, unk_token="word")).save(str(tmp_path / "words.json"))
-    assert "words.json is no byte-level BPE" in refused(*flags, "--out", tmp_path / "other", "--tokenizer", tmp_path / "words.json")
-    assert "a.jsonl is no tokenizer" in refused(*flags, "--out", tmp_path / "other", "--tokenizer", tmp_path / "a.jsonl")
+    bpe.normalizer, bpe.decoder = normalizers.NFC(), decoders.ByteLevel()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.train_from_iterator(make_texts(30), trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<pad>", "<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    ))  # fmt: skip
+    path = tmp_path_factory.mktemp("own") / "tokenizer.json"
+    bpe.save(str(path))
+    return path
+
+
+KINDS = [pytest.param("gpt2", marks=needs_bpe), "bytes", "own"]
+
+
+@pytest.fixture
+def tokenizer(request, own):
+    return get_tokenizer(str(own) if request.param == "own" else request.param)
+
+
+def text_of(tokenizer, tokens):
+    return b"".join(map(tokenizer.decode_single_token_bytes, tokens.tolist())).decode()
+
+
+def test_the_tokenizer_bytes_has_the_values_of_the_bytes():
+    tokenizer, text = get_tokenizer("bytes"), "naïve 🦀\r\n<|endoftext|>  \0"
+    assert tokenizer.encode_ordinary(text) == list(text.encode())
+    assert tokenizer.decode(list(text.encode())) == text
+    assert (tokenizer.n_vocab, tokenizer.eot_token) == (257, 256)
+
+
+@pytest.mark.parametrize("tokenizer", KINDS, indirect=True)
+def test_the_string_of_the_special_token_is_plain_text(tokenizer):
+    tokens = fineweb.encode_documents(tokenizer, ["a<|endoftext|>b", "<|endoftext|>"])
+    assert tokens.dtype == np.uint16
+    assert (tokens == tokenizer.eot_token).sum() == 2 and tokens[0] == tokenizer.eot_token
+    assert text_of(tokenizer, tokens[tokens != tokenizer.eot_token]) == "a<|endoftext|>b<|endoftext|>"
+
+
+@pytest.mark.parametrize("tokenizer", KINDS, indirect=True)
+def test_half_a_surrogate_pair_becomes_the_replacement_character(tokenizer):
+    texts = [json.loads(r'"a \ud83d b"'), json.loads(r'"\udc00"'), json.loads(r'"\ud83e\udd80"')]
+    tokens = fineweb.encode_documents(tokenizer, texts)
+    documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot_token))[1:]
+    assert [text_of(tokenizer, document[1:]) for document in documents] == ["a \ufffd b", "\ufffd", "🦀"]
 
 
 @needs_bpe
-def test_text_that_spells_the_special_token_stays_text(tmp_path):
-    texts = [*make_texts(300, seed=2), "<|endoftext|>", "a" * 100_000, " " * 5000]
+def test_the_shards_of_gpt2_have_the_tokens_of_tiktoken(tmp_path):
+    texts = [*make_texts(60, seed=2), "<|endoftext|>", "a" * 20_000, " " * 5000]
     write_parquet(tmp_path / "a.parquet", texts, 50)
-    assert tokenize("--input", tmp_path / "a.parquet", "--out", tmp_path / "out", "--shard_size", 50_000, "--tokenizer", "gpt2").returncode == 0
-    tokens = np.concatenate([np.load(path) for path in sorted((tmp_path / "out").glob("*.npy"), key=lambda p: p.name[-10:])])
-    encode = get_tokenizer().encode_ordinary
-    assert tokens.tolist() == [t for text in texts for t in (EOT, *encode(text))]
+    out, encode = tmp_path / "out", get_tokenizer().encode_ordinary
+    tokenize("--input", tmp_path / "a.parquet", "--out", out, "--shard_size", 10_000, "--tokenizer", "gpt2")
+    tokens = np.concatenate([np.load(out / name) for name in read_meta(out)["shards"]])
+    assert tokens.tolist() == [token for text in texts for token in (50256, *encode(text))]
+    data = find_shards(out)
+    assert data[2:5] == ("gpt2", 50257, 50256)
 
 
-def test_records_without_text_are_counted_and_half_surrogates_survive(tmp_path):
-    texts = ["one", None, "", "two", "\ud83d broken"] * 20_000
+def test_a_tokenizer_of_hugging_face_has_its_own_ids_and_goes_with_the_shards(own, tmp_path):
+    texts, out = make_texts(60, seed=3), tmp_path / "out"
     write_jsonl(tmp_path / "a.jsonl", texts)
-    pq.write_table(pa.table({"text": pa.array(["three", None, ""] * 1000)}), tmp_path / "b.parquet")
-    (tmp_path / "c.txt").write_text("")
-    done = tokenize("--input", tmp_path / "*", "--out", tmp_path / "out", "--shard_size", 50_000)
-    assert done.returncode == 0 and "42,001 records were left out" in done.stdout
-    assert "61,000 documents" in done.stdout
-    tokens = np.load(tmp_path / "out" / "edufineweb_val_000000.npy")
-    assert get_tokenizer("bytes").decode(tokens[:50]).startswith("<|endoftext|>one<|endoftext|>two<|endoftext|>\ufffd broken")
+    tokenize("--input", tmp_path / "a.jsonl", "--shard_size", 5000, "--out", out, "--tokenizer", own.parent)
+    meta = read_meta(out)
+    assert (meta["tokenizer"], meta["vocab_size"], meta["eot"]) == ("tokenizer.json", 400, 1)
+    tokens = np.concatenate([np.load(out / name) for name in meta["shards"]])
+    bpe = Tokenizer.from_file(str(own))
+    bpe.encode_special_tokens = True
+    assert tokens.tolist() == [token for text in texts for token in (1, *bpe.encode(text).ids)]
+    assert sum(shard["bytes"] for shard in meta["shards"].values()) == len("".join(texts).encode())
+    data = find_shards(out)
+    assert data[2:5] == (str(out / "tokenizer.json"), 400, 1)
+    tokenizer = get_tokenizer(data.tokenizer)
+    assert tokenizer.decode(tokenizer.encode_ordinary(texts[0])) == texts[0]
+    assert tokenizer.decode([1]) == "<|endoftext|>"
 
 
-def test_a_data_set_through_datasets(tmp_path):
-    """A folder that `datasets` opens as it opens a data set of the hub."""
-    texts = make_texts(200, seed=3)
-    (tmp_path / "set" / "data").mkdir(parents=True)
-    write_parquet(tmp_path / "set" / "data" / "train-00000.parquet", texts[:100], 10)
-    write_parquet(tmp_path / "set" / "data" / "train-00001.parquet", texts[100:], 10)
-    write_parquet(tmp_path / "set" / "data" / "test-00000.parquet", texts, 10)
-    env = {"HF_HOME": str(tmp_path / "hf")}
-    for flags in ("--dataset", tmp_path / "set"), ("--input", tmp_path / "set" / "data" / "train*.parquet"):
-        done = tokenize(*flags, "--out", tmp_path / flags[0], "--shard_size", 100_000, env=env)
-        assert done.returncode == 0, done.stderr
-    a, b = (contents(tmp_path / name) for name in ("--dataset", "--input"))
-    a.pop("meta.json"), b.pop("meta.json")
-    assert a == b and len(a) > 2
-    assert "BuilderConfig" in refused("--dataset", tmp_path / "set", "--config", "nope", "--out", tmp_path / "x", env=env)
+def test_what_is_no_byte_level_bpe_is_refused(own, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["text"] * 9)
+    words, nameless = tmp_path / "words.json", tmp_path / "nameless.json"
+    Tokenizer(models.WordLevel({"<|endoftext|>": 0, "word": 1}, unk_token="word")).save(str(words))
+    nameless.write_text(own.read_text().replace("<|endoftext|>", "<|end|>"))
+    files = (words, "byte-level"), (nameless, "endoftext"), (tmp_path / "a.jsonl", ""), (tmp_path / "no", "")
+    for path, says in files:
+        message = refused("--input", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--tokenizer", path)
+        assert str(path) in message and says in message and "give gpt2, bytes" in message
+    assert not (tmp_path / "out").exists()
 
 
-def test_the_hub_out_of_reach(tmp_path):
-    line = refused("--dataset", "someone/something", "--out", tmp_path / "out", env={"HF_HOME": str(tmp_path / "hf")})
-    assert "someone/something" in line and "--input" in line and not (tmp_path / "out").exists()
+@needs_bpe
+def test_gpt2_for_hugging_face_has_the_merges_of_the_release_and_the_ids_of_tiktoken():
+    bpe = fineweb.to_hugging_face(get_tokenizer())
+    url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"  # in tiktoken's cache
+    released = read_file_cached(url).decode().splitlines()[1:]
+    merges = [" ".join(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    assert len(merges) == 50_000 and merges == released
+    assert bpe.token_to_id("<|endoftext|>") == 50256 and bpe.get_vocab_size() == 50257
+    for text in *make_texts(20, seed=4), "it's 3.14; they'll\n\n\t  go  ", " naïve潮🦀" * 9:
+        text = text.replace("<|endoftext|>", " end")
+        assert bpe.encode(text).ids == get_tokenizer().encode_ordinary(text)
+        assert bpe.decode(bpe.encode(text).ids) == text
+
+
+def test_bytes_for_hugging_face_are_the_values_of_the_bytes():
+    bpe = fineweb.to_hugging_face(get_tokenizer("bytes"))
+    for text in make_texts(20, seed=4):
+        text = text.replace("<|endoftext|>", " end")
+        assert bpe.encode(text).ids == list(text.encode())
+        assert bpe.decode(list(text.encode())) == text
+    assert bpe.encode("<|endoftext|>").ids == [256]
 
 
 def test_no_tokenizer_is_an_error_not_a_fallback(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    env = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "none"), "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
-    line = refused("--input", tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", "gpt2", env=env)
-    assert "TIKTOKEN_CACHE_DIR" in line and not (tmp_path / "out").exists()
+    env = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "none"), "https_proxy": "http://127.0.0.1:9"}
+    done = start("--input", tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", "gpt2", env=env)
+    assert "TIKTOKEN_CACHE_DIR" in error_line(done) and not (tmp_path / "out").exists()
 
 
-def test_flags(tmp_path, monkeypatch):
+# --------------------------------------------------------------------------------------------------
+# What is read, and what is refused
+
+
+def test_records_without_text_are_left_out_and_counted(tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", ["one", None, "", "two", "\ud83d broken"] * 200)
+    pq.write_table(pa.table({"text": pa.array(["three", None, ""] * 10)}), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_text("")
+    tokenize("--input", tmp_path / "*", "--out", tmp_path / "out", "--shard_size", 1000)
+    assert read_documents(tmp_path / "out") == ["one", "two", "\ufffd broken"] * 200 + ["three"] * 10
+    assert read_meta(tmp_path / "out")["counts"]["all"]["empty"] == 421
+    assert "421 records without text left out" in capsys.readouterr().out
+
+
+def test_a_data_set_through_datasets(tmp_path):
+    """A folder that `datasets` opens as it opens a data set of the hub."""
+    texts, env = make_texts(60, seed=3), {"HF_HOME": str(tmp_path / "hf")}
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    write_parquet(tmp_path / "set" / "data" / "train-00000.parquet", texts[:30], 10)
+    write_parquet(tmp_path / "set" / "data" / "train-00001.parquet", texts[30:], 10)
+    write_parquet(tmp_path / "set" / "data" / "test-00000.parquet", texts, 10)
+    flags = "--dataset", tmp_path / "set", "--shard_size", 20_000
+    done = start(*flags, "--out", tmp_path / "out", env=env)
+    assert done.returncode == 0, done.stderr
+    assert read_documents(tmp_path / "out") == texts
+    line = error_line(start(*flags, "--config", "nope", "--out", tmp_path / "x", env=env))
+    assert "--config nope" in line and "BuilderConfig" in line
+
+
+def test_the_hub_out_of_reach(tmp_path):
+    env = {"HF_HOME": str(tmp_path / "hf")}
+    line = error_line(start("--dataset", "someone/something", "--out", tmp_path / "out", env=env))
+    assert "someone/something" in line and "--input" in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--input a.txt --out out --shard_size 0", "--shard_size"),
+        ("--input a.txt --out out --workers 0", "--workers"),
+        ("--input a.txt --out out --workers two", "--workers"),
+        ("--input a.txt", "--out is missing"),
+        ("--input a.txt --mix a.txt:1 --out out", "--input, --mix and --dataset"),
+        ("--input a.txt --dataset b --out out", "--input, --mix and --dataset"),
+        ("--input a.txt --out out --shardsize 5", "--shardsize"),
+        ("--input a.txt --out out --shard 5", "--shard"),  # the flag by its full name only
+    ],
+)
+def test_wrong_flags_end_in_one_line_of_argparse(tmp_path, monkeypatch, capsys, flags, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(SystemExit) as e:
+        tokenize(*flags.split())
+    usage, line = capsys.readouterr().err.splitlines()
+    assert e.value.code == 2 and usage.endswith("[flags]")
+    assert ": error: " in line and says in line
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_files_that_do_not_exist_or_have_another_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "a.md").write_text("text")
-    for flags, says in (
-        ("--input nothing*.parquet --out out", "nothing*.parquet"),
-        ("--input a.txt --out out --shard_size 0", "--shard_size 0"),
-        ("--input a.txt --out out --workers 0", "--workers 0"),
-        ("--input a.txt", "--out"),
-        ("--input a.md --out out", "a.md: its name must end in .parquet"),
-        ("--input a.txt --out out --shardsize 5", "did you mean --shard_size"),
-    ):
-        with pytest.raises(UserError, match=re.escape(says)):
-            fineweb.main([*flags.split(), "--tokenizer", "bytes"])
+    assert "nothing*.parquet" in refused("--input", "nothing*.parquet", "--out", "out")
+    assert "a.md matches no .parquet, .jsonl or .txt file" in refused("--input", "a.md", "--out", "out")
     assert not (tmp_path / "out").exists()
-    line = refused("--input", "a.txt", "--out", "out", cwd=tmp_path)  # all of it would be validation
-    assert "--shard_size 1" in line and not list(tmp_path.glob("out/*.npy"))
+
+
+def test_one_shard_would_all_be_validation(tmp_path):
+    """The line and the exit status of the command, too."""
+    (tmp_path / "a.txt").write_text("x" * 99)
+    line = error_line(start("--input", tmp_path / "a.txt", "--out", tmp_path / "out"))
+    assert "100 tokens" in line and "--shard_size 10 " in line
+    assert not list(tmp_path.glob("out/*.npy"))
 
 
 @pytest.mark.parametrize(
     "name, content, says",
     [
-        ("a.parquet", b"not parquet at all", "parquet"),
+        ("a.parquet", b"not parquet at all", "arquet"),
+        ("a.parquet", b"", "arquet"),
         ("a.jsonl", b'{"text": "fine"}\nnot json\n', "byte 17"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "byte 0"),
         ("a.jsonl", b"[1, 2]\n", "byte 0"),
         ("a.jsonl", b'{"body": "x"}\n', "'text'"),
         ("a.jsonl", b'{"text": 5}\n', "int"),
@@ -326,90 +579,189 @@ def test_flags(tmp_path, monkeypatch):
 )
 def test_files_that_are_not_what_their_name_says(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
-    line = refused("--input", tmp_path / name, "--out", tmp_path / "out", "--workers", 1)
-    assert name in line and says in line
+    message = refused("--input", tmp_path / name, "--out", tmp_path / "out")
+    assert str(tmp_path / name) in message and says in message and "--column" in message
     assert not list(tmp_path.glob("out/*.npy"))
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+def test_a_damaged_page_of_a_parquet_file_is_an_error_that_names_it(tmp_path, compression):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": make_texts(300)}), path, compression=compression, use_dictionary=False)
+    page, data = pq.read_metadata(path).row_group(0).column(0), bytearray(path.read_bytes())
+    middle = page.data_page_offset + page.total_compressed_size // 2
+    data[middle : middle + 200] = bytes(255 - byte for byte in data[middle : middle + 200])
+    path.write_bytes(data)
+    assert f"{path} can't be read" in refused("--input", path, "--out", tmp_path / "out", "--shard_size", 99)
 
 
 def test_no_such_column(tmp_path):
     pq.write_table(pa.table({"body": ["x"], "id": [1]}), tmp_path / "a.parquet")
-    flags = ["--input", tmp_path / "a.parquet", "--out", tmp_path / "out", "--workers", 1]
-    line = refused(*flags)
-    assert "'text'" in line and "body, id" in line and "--column" in line
-    assert "validation" in refused(*flags, "--column", "body")  # found now; too little, but no mixture
+    flags = "--input", tmp_path / "a.parquet", "--out", tmp_path / "out"
+    message = refused(*flags)
+    assert "'text'" in message and "body, id" in message and "--column" in message
+    assert "validation" in refused(*flags, "--column", "body")  # found now, but too little
     assert "int" in refused(*flags, "--column", "id")
 
 
-def test_other_input_or_settings_over_shards(whole, corpus, tmp_path):
-    out, (directory, _) = whole[0], corpus
-    before = contents(out)
+def test_other_settings_over_shards_are_refused(whole, corpus):
+    before, directory = contents(whole), corpus[0]
     for flags, says in (
-        (["--input", f"{directory}/*", "--shard_size", "5"], "shard_size 1000000, not 5"),
-        (["--input", f"{directory}/*.parquet", "--shard_size", str(SIZE)], "files"),
-        (["--input", f"{directory}/*", "--shard_size", str(SIZE), "--column", "id"], "column text, not id"),
+        (["--input", f"{directory}/*", "--shard_size", 5], f"shard_size {SIZE}, not 5"),
+        (["--input", f"{directory}/*.parquet", "--shard_size", SIZE], "files"),
+        (["--input", f"{directory}/*", "--shard_size", SIZE, "--column", "id"], "column text, not id"),
     ):
-        with pytest.raises(UserError, match=says):
-            fineweb.main([*flags, "--out", str(out), "--tokenizer", "bytes"])
+        message = refused(*flags, "--out", whole)
+        assert says in message and str(whole) in message
+    assert contents(whole) == before
+
+
+def test_files_that_changed_since_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 100)
-    flags = ["--input", tmp_path / "a.txt", "--out", tmp_path / "out", "--shard_size", 10]
-    assert tokenize(*flags).returncode == 0
-    time.sleep(0.01)
+    flags = "--input", tmp_path / "a.txt", "--out", tmp_path / "out", "--shard_size", 10
+    tokenize(*flags)
     (tmp_path / "a.txt").write_text("y" * 100)
+    os.utime(tmp_path / "a.txt", (1, 1))
     assert "files_sha256" in refused(*flags)
+    (tmp_path / "out" / "meta.json").write_text('{"shards": ')
+    assert f"{tmp_path / 'out' / 'meta.json'} can't be read" in refused(*flags)
     (tmp_path / "out" / "meta.json").unlink()
     assert "no meta.json" in refused(*flags)
-    assert contents(out) == before
-
-
-def test_disk_full_keeps_what_is_complete(corpus, whole, tmp_path):
-    """A limit on the size of a file stands for the full disk: the write fails in the middle of a shard."""
-    out = tmp_path / "out"
-    flags = ["--input", corpus[0] / "*", "--out", out, "--shard_size", SIZE]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, SIZE))  # noqa: E731
-    line = refused(*flags, preexec_fn=limit)
-    assert "edufineweb_val_000000.npy" in line and "make room" in line
-    assert set(contents(out)) == {"meta.json"}
-    assert tokenize(*flags).returncode == 0
-    assert contents(out) == contents(whole[0])
 
 
 def test_no_write_permission(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "out").mkdir(mode=0o555)
-    line = None
-    if os.geteuid():
-        line = refused("--input", tmp_path / "a.txt", "--out", tmp_path / "out")
-    else:  # root may write anywhere, but not in a process that gives that power up
-        prefix = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"]
-        done = subprocess.run([*prefix, *command("--input", tmp_path / "a.txt", "--out", tmp_path / "out")], capture_output=True, text=True)
-        assert done.returncode == 2
-        line = done.stderr
+    # Root may write anywhere, but not in a process that gives that power up.
+    prefix = () if os.geteuid() else ("setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override")
+    line = error_line(start("--input", tmp_path / "a.txt", "--out", tmp_path / "out", prefix=prefix))
     assert str(tmp_path / "out") in line and "Permission denied" in line
     (tmp_path / "file").write_text("")
-    assert "file" in refused("--input", tmp_path / "a.txt", "--out", tmp_path / "file" / "out")
+    line = error_line(start("--input", tmp_path / "a.txt", "--out", tmp_path / "file" / "out"))
+    assert str(tmp_path / "file") in line
 
 
-def test_training_picks_up_tokenizer_and_bits_per_byte(whole, tmp_path):
-    flags = ["--data", whole[0], *TINY, "--max_steps", 2, "--val_every", 1, "--val_tokens", 5000, "--log_dir", tmp_path / "log"]
-    flags += ["--vocab_size", 50257]
-    said = succeed(*flags, "--sample_every", 2).stdout
-    assert "sample 4" in said  # the byte tokenizer of meta.json decodes, whether or not BPE is at hand
-    entry = json.loads((whole[0] / "meta.json").read_text())["shards"]["edufineweb_val_000000.npy"]
-    val, bpb = read_log(tmp_path / "log", "val"), read_log(tmp_path / "log", "val_bpb")
-    assert set(bpb) == {0, 1, 2}
+def test_help_lists_every_flag():
+    said = start("--help").stdout
+    for name in "input mix dataset config column out shard_size workers tokenizer".split():
+        assert f"--{name} " in said
+
+
+def test_fineweb_does_not_import_torch():
+    code = "import sys, fineweb; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading shards
+
+
+def write_bin(path, tokens, magic=20240520, version=1, n=None):
+    """A shard as llm.c writes it."""
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = magic, version, len(tokens) if n is None else n
+    path.write_bytes(header.tobytes() + tokens.tobytes())
+
+
+def test_shards_of_gpt2_need_no_meta_json(shards):
+    data = find_shards(shards)
+    assert [path.name for path in data.train.values()] == [f"edufineweb_train_{i:06d}.npy" for i in (1, 2, 3)]
+    for i, (path, n) in enumerate(zip([*data.val.values(), *data.train.values()], (170, 325, 200, 150))):
+        assert np.array_equal(open_shard(path), make_tokens(n, i))
+    assert data[2:] == ("gpt2", 50257, 50256, None)
+
+
+def test_the_word_in_the_name_says_the_split(tmp_path):
+    """It is a word by itself: `val` is also a part of `retrieval`."""
+    names = "retrieval_train_000001", "retrieval_val_000000", "trainer", "interval", "train", "my-val-2"
+    for name in names:
+        np.save(tmp_path / f"{name}.npy", make_tokens(100, 1))
+    (tmp_path / "retrieval_train_000002.npy.part").write_bytes(b"not complete")
+    data = find_shards(tmp_path)
+    assert {path.name for path in data.train.values()} == {"retrieval_train_000001.npy", "train.npy"}
+    assert {path.name for path in data.val.values()} == {"retrieval_val_000000.npy", "my-val-2.npy"}
+
+
+@pytest.mark.parametrize("array", [np.zeros(9, np.int32), np.zeros((3, 3), np.uint16), np.array(["a", None])])
+def test_an_array_of_another_kind_is_no_shard(tmp_path, array):
+    np.save(tmp_path / "a_train_000001.npy", array)
+    with pytest.raises(UserError, match="a_train_000001.npy can't be read"):
+        open_shard(tmp_path / "a_train_000001.npy")
+
+
+def test_a_directory_without_both_splits_is_refused(tmp_path):
+    np.save(tmp_path / "a_train_000001.npy", make_tokens(100, 1))
+    with pytest.raises(UserError, match=f"{tmp_path} needs shards"):
+        find_shards(tmp_path)
+
+
+def test_shards_that_are_not_complete_can_be_read_with_a_warning(whole, tmp_path, capsys):
+    stop_after(whole, tmp_path / "out", 5)
+    data = find_shards(tmp_path / "out")
+    assert len(data.train) == 4 and "not complete" in capsys.readouterr().out
+
+
+TINY = """--n_layer 2 --n_head 2 --n_embd 16 --T 16 --B 2 --total_batch_size 128 --device cpu
+          --hellaswag_every 0 --warmup_steps 2 --max_lr 1e-2 --max_steps 2""".split()
+
+
+def test_training_picks_up_tokenizer_and_bits_per_byte(whole, tmp_path, capsys):
+    flags = "--val_every 1 --val_tokens 5000 --sample_every 2".split()
+    train_gpt2.main(["--data", str(whole), *TINY, *flags, "--log_dir", str(tmp_path)])
+    assert "sample 4" in capsys.readouterr().out  # with the tokenizer of meta.json: GPT-2's is not needed
+    lines = [line.split() for line in (tmp_path / "log.txt").read_text().splitlines()]
+    val = {step: float(value) for step, stream, value in lines if stream == "val"}
+    bpb = {step: float(value) for step, stream, value in lines if stream == "val_bpb"}
+    assert set(val) == set(bpb) == {"0", "1", "2"}
+    tokens = np.load(whole / "edufineweb_val_000000.npy")
+    bytes_per_token = (tokens != EOT).mean()
     for step in bpb:
-        assert bpb[step] == pytest.approx(val[step] / np.log(2) * entry["tokens"] / entry["bytes"], rel=1e-6)
+        assert bpb[step] == pytest.approx(val[step] / np.log(2) / bytes_per_token, rel=1e-6)
 
 
 def test_shards_of_unknown_tokenizer_are_refused(whole, shards, tmp_path):
-    out = tmp_path / "mixed"
-    out.mkdir()
-    for name, data in contents(whole[0]).items():
-        (out / name).write_bytes(data)
-    stranger = out / "edufineweb_train_000099.npy"
-    stranger.write_bytes((shards / "edufineweb_train_000001.npy").read_bytes())
-    done = train("--data", out, *TINY)
-    assert done.returncode == 2 and "error: " in done.stderr and str(stranger) in done.stderr
-    stranger.replace(out / "edufineweb_train_000001.npy")  # another script's shard under a known name
+    """A file that meta.json does not list, and another script's shard under a name that it does."""
+    shutil.copytree(whole, out := tmp_path / "mixed")
+    stranger = shutil.copy(shards / "edufineweb_train_000001.npy", out / "edufineweb_train_000099.npy")
+    with pytest.raises(UserError, match=f"{stranger} is not the shard"):
+        train_gpt2.main(["--data", str(out), *TINY, "--log_dir", str(tmp_path / "log")])
+    stranger.replace(out / "edufineweb_train_000001.npy")
     with pytest.raises(UserError, match="edufineweb_train_000001.npy is not the shard"):
-        find_shards(out, 100)
+        find_shards(out)
+def test_truncation_and_padding_in_a_tokenizer_json_do_not_change_documents(own, tmp_path):
+    bpe = Tokenizer.from_file(str(own))
+    bpe.enable_truncation(5)
+    bpe.enable_padding(length=8)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    text = make_texts(2)[1]
+    tokens = get_tokenizer(str(tmp_path)).encode_ordinary(text)
+    assert tokens == get_tokenizer(str(own)).encode_ordinary(text) and len(tokens) > 8
+
+
+def test_a_tokenizer_json_without_a_decoder_decodes(own, tmp_path):
+    data = json.loads(own.read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data | {"decoder": None}))
+    tokenizer, text = get_tokenizer(str(tmp_path)), "rope tide, naïve 🦀"
+    assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+
+
+def test_a_pattern_twice_in_a_mixture_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 100)
+    assert "twice" in refused("--mix", *[f"{tmp_path}/a.txt:0.5"] * 2, "--out", tmp_path / "out")
+
+
+def test_the_tokenizer_may_lie_in_the_directory_of_the_shards(own, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", make_texts(20))
+    shutil.copytree(own.parent, out := tmp_path / "out")
+    os.utime(out / "tokenizer.json", (1, 1))
+    flags = "--input", tmp_path / "a.jsonl", "--out", out, "--shard_size", 500, "--tokenizer", out
+    tokenize(*flags)
+    before = contents(out)
+    tokenize(*flags)  # not refused as a changed file
+    assert contents(out) == before
+
+
+def test_only_sample_10bt_goes_into_edu_fineweb10b_by_default():
+    assert fineweb.parse_args([]).out == fineweb.parse_args(["--config", "sample-10BT"]).out == "edu_fineweb10B"
+    with pytest.raises(SystemExit):
+        fineweb.parse_args(["--config", "sample-100BT"])

@@ -1,226 +1,338 @@
-"""HellaSwag: guesses as an independent computation makes them, items found in shards, the harness's opinion."""
+"""HellaSwag: losses and guesses as transformers makes them, items found in shards, the harness's opinion."""
 
 import http.server
 import json
-import subprocess
-import sys
+import re
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, environment, free_port, needs_bpe, read_log, succeed
+import torch.nn.functional as F
+from conftest import ROOT, TINY, free_port, needs_bpe, read_log, succeed
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import fineweb
 import hellaswag
-from train_gpt2 import EOT, GPT, GPTConfig, UserError, get_tokenizer
+import train_gpt2
+from fineweb import UserError, get_tokenizer
+from train_gpt2 import GPT, GPTConfig
 
-CPU = torch.device("cpu"), torch.autocast("cpu", enabled=False)
+N = 31  # items
+TOKENIZERS = ["bytes", pytest.param("gpt2", marks=needs_bpe)]
 
 
 @pytest.fixture
 def items_file(tmp_path):
-    """31 items from the play, in the published format."""
+    """Items from the play, in the published format."""
     text, rng = (ROOT / "input.txt").read_text().replace("\n", " "), np.random.default_rng(0)
 
     def piece(low, high):
         start, n = rng.integers(len(text) - high), rng.integers(low, high)
         return text[start : start + n].strip()
 
-    path = tmp_path / "items.jsonl"
-    items = [{"ctx": piece(10, 60), "endings": [piece(5, 30) for _ in range(4)], "label": i % 4} for i in range(31)]
+    path, items = tmp_path / "items.jsonl", []
+    for i in range(N):
+        items.append({"ctx": piece(10, 60), "endings": [piece(5, 30) for _ in range(4)], "label": i % 4})
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
     return path
 
 
+def save_hugging_face(directory, tokenizer):
+    """
+    A random Hugging Face GPT-2 for 128 tokens, saved into the directory. Its weights are large, so that what
+    it expects differs much from place to place.
+    """
+    torch.manual_seed(0)
+    n_vocab, eot = {"bytes": (257, 256), "gpt2": (50257, 50256)}[tokenizer]
+    shape = {"n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    tokens = {"vocab_size": n_vocab, "bos_token_id": eot, "eos_token_id": eot, "tokenizer": tokenizer}
+    model = GPT2LMHeadModel(GPT2Config(**shape, **tokens)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    model.save_pretrained(directory)
+    return model
+
+
 @pytest.fixture
 def hf(tmp_path):
-    """A random Hugging Face GPT-2 for 128 tokens, and its directory."""
-    torch.manual_seed(0)
-    config = GPT2Config(n_positions=128, n_embd=32, n_layer=2, n_head=2, bos_token_id=EOT, eos_token_id=EOT)
-    model = GPT2LMHeadModel(config).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    model.save_pretrained(tmp_path / "hf")
-    return model, tmp_path / "hf"
+    """A random Hugging Face GPT-2 whose tokens are bytes, and its directory."""
+    return save_hugging_face(tmp_path / "hf", "bytes"), tmp_path / "hf"
 
 
-def independent_guesses(model, path, tokenizer):
-    """An ending at a time through transformers, no padding, from the texts: {index: (by sum, by mean)}."""
-    guesses = {}
-    for i, line in enumerate(path.read_text().splitlines()):
-        item, losses = json.loads(line), []
+@pytest.fixture
+def play(tmp_path):
+    """The first pages of the play in a file, and the flags with which a tiny model trains on their bytes."""
+    (tmp_path / "play.txt").write_text((ROOT / "input.txt").read_text()[:5000])
+    return ["--data", tmp_path / "play.txt", *TINY, "--val_every", 0, "--checkpoint_every", 0]
+
+
+def train(*flags):
+    train_gpt2.main([str(flag) for flag in flags])
+
+
+def publish(path, directory):
+    """Put a file of items where the download would put it."""
+    (directory / "hellaswag").mkdir()
+    path.rename(directory / "hellaswag" / "hellaswag_val.jsonl")
+
+
+def load(path, block_size=128, tokenizer="bytes"):
+    return hellaswag.load_items(path, get_tokenizer(tokenizer), block_size)
+
+
+def independent_losses(model, path, tokenizer="bytes"):
+    """
+    For each item, for each of its four endings, the loss of each token: an ending at a time through
+    transformers, without padding, from the texts.
+    """
+    encode, losses = get_tokenizer(tokenizer).encode_ordinary, []
+    for item in map(json.loads, path.read_text().splitlines()):
+        losses.append([])
         for ending in item["endings"]:
-            context, ending = tokenizer.encode_ordinary(item["ctx"]), tokenizer.encode_ordinary(" " + ending)
+            context, ending = encode(item["ctx"]), encode(" " + ending)
             with torch.no_grad():
                 log_p = model(torch.tensor([context + ending])).logits[0].log_softmax(-1)
-            losses.append([-log_p[len(context) - 1 + j, token].item() for j, token in enumerate(ending)])
-        sums, means = [sum(x) for x in losses], [sum(x) / len(x) for x in losses]
-        guesses[i] = sums.index(min(sums)), means.index(min(means))
-    return guesses
+            losses[-1].append([-log_p[len(context) - 1 + j, token].item() for j, token in enumerate(ending)])
+    return losses
 
 
-def test_guesses_are_those_of_transformers_for_any_batch_size(hf, items_file):
-    tokenizer = get_tokenizer("bytes")
-    expected = independent_guesses(hf[0], items_file, tokenizer)
-    assert len({by_sum for by_sum, _ in expected.values()}) > 1 and any(a != b for a, b in expected.values())
-    model, items = GPT.from_pretrained(hf[1]).train(), hellaswag.load_items(items_file, tokenizer, 128)
-    for batch_size in 1, 7, 31:
-        assert hellaswag.evaluate(model, items, *CPU, batch_size) == expected
+def lowest(losses):
+    """{index of an item: (guess by sum, guess by mean)}."""
+    sums = [[sum(ending) for ending in item] for item in losses]
+    means = [[sum(ending) / len(ending) for ending in item] for item in losses]
+    return {i: (s.index(min(s)), m.index(min(m))) for i, (s, m) in enumerate(zip(sums, means))}
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses and guesses
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, N, None])
+def test_guesses_are_those_of_transformers_for_any_batch_size(hf, items_file, batch_size):
+    expected = lowest(independent_losses(hf[0], items_file))
+    assert {by_sum for by_sum, _ in expected.values()} == {0, 1, 2, 3}
+    assert any(by_sum != by_mean for by_sum, by_mean in expected.values())
+    assert hellaswag.evaluate(GPT.from_pretrained(hf[1]), load(items_file), batch_size) == expected
+
+
+def test_the_loss_of_every_token_of_an_ending_is_that_of_transformers(hf, items_file, monkeypatch):
+    expected = [loss for item in independent_losses(hf[0], items_file) for ending in item for loss in ending]
+    seen, cross_entropy = [], F.cross_entropy
+
+    def spy(*args, **options):
+        seen.append(cross_entropy(*args, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(F, "cross_entropy", spy)
+    hellaswag.evaluate(GPT.from_pretrained(hf[1]), load(items_file), 7)
+    assert sorted(torch.cat(seen).tolist()) == pytest.approx(sorted(expected), abs=1e-3)
+
+
+def test_accuracy_is_the_share_of_right_guesses(items_file):
+    items = load(items_file)
+    guesses = {i: (i % 4, (i + i // 20) % 4) for i in range(N)}  # by sum all right, by mean the first 20
+    assert hellaswag.accuracy(guesses, items) == pytest.approx([1.0, 20 / N])
+    assert hellaswag.accuracy({3: (3, 0), 4: (1, 0)}, items) == [0.5, 0.5]
+
+
+def test_accuracy_of_no_guesses_is_nan(items_file):
+    assert np.isnan(hellaswag.accuracy({}, load(items_file))).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_in_its_mode(items_file, training):
+    """With dropout, so that a model in training mode would guess at random."""
+    torch.manual_seed(0)
+    model, items = GPT(GPTConfig(128, 257, 1, 2, 16, 0.9, "bytes")).train(training), load(items_file)
+    assert hellaswag.evaluate(model, items) == hellaswag.evaluate(model, items)
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_an_evaluation_ends_early_when_a_stop_is_asked_for(hf, items_file):
+    model, items, stop = GPT.from_pretrained(hf[1]).train(), load(items_file), []
+    assert hellaswag.evaluate(model, items, stop=["a signal"]) == {}
+    model.lm_head.register_forward_hook(lambda *_: stop.append("a signal"))
+    assert len(hellaswag.evaluate(model, items, 4, stop=stop)) == 4
     assert model.training
-    labels = [item[2] for item in items]
-    acc, acc_norm = (sum(g[k] == y for g, y in zip(map(expected.get, range(31)), labels)) / 31 for k in (0, 1))
-    assert hellaswag.accuracy(expected, items) == (acc, acc_norm)
 
 
-def test_ranks_share_the_items_evenly(hf, items_file, monkeypatch):
-    model, items = GPT.from_pretrained(hf[1]), hellaswag.load_items(items_file, get_tokenizer("bytes"), 128)
-    whole, parts = hellaswag.evaluate(model, items, *CPU), []
-    monkeypatch.setattr(hellaswag, "WORLD_SIZE", 4)
-    for rank in range(4):
-        monkeypatch.setattr(hellaswag, "RANK", rank)
-        parts.append(hellaswag.evaluate(model, items, *CPU))
+def test_ranks_share_the_items_evenly(hf, items_file):
+    model, items = GPT.from_pretrained(hf[1]), load(items_file)
+    parts = [hellaswag.evaluate(model, items, rank=rank, world_size=4) for rank in range(4)]
     assert sorted(map(len, parts)) == [7, 8, 8, 8]
-    assert {i: guess for part in parts for i, guess in part.items()} == whole
+    assert {i: guess for part in parts for i, guess in part.items()} == hellaswag.evaluate(model, items)
 
 
-def byte_shards(directory):
-    """The directory's shards as fineweb.py --tokenizer bytes would have written them, so that no test needs the BPE."""
-    shards = {p.name: {"tokens": len(np.load(p)), "documents": 1, "bytes": 100} for p in directory.glob("*.npy")}
-    (directory / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "complete": True, "shards": shards}))
+# --------------------------------------------------------------------------------------------------
+# The command
 
 
-def published(tmp_path, items_file):
-    """items_file where the download would put it."""
-    (tmp_path / "hellaswag").mkdir()
-    items_file.rename(tmp_path / "hellaswag" / "hellaswag_val.jsonl")
+def test_the_command_prints_the_accuracy(hf, items_file, capsys):
+    guesses, labels = lowest(independent_losses(hf[0], items_file)), [item[2] for item in load(items_file)]
+    hellaswag.main(["-m", str(hf[1]), "--data", str(items_file), "-d", "cpu"])
+    acc, acc_norm = (sum(guesses[i][k] == labels[i] for i in range(N)) / N for k in (0, 1))
+    assert f"{hf[1]}: acc {acc:.4f} acc_norm {acc_norm:.4f} on {N} items" in capsys.readouterr().out
+    hellaswag.main(["-m", str(hf[1]), "--data", str(items_file), "-d", "cpu", "--limit", "7"])
+    acc, acc_norm = (sum(guesses[i][k] == labels[i] for i in range(7)) / 7 for k in (0, 1))
+    assert f"acc {acc:.4f} acc_norm {acc_norm:.4f} on 7 items" in capsys.readouterr().out
 
 
-def test_one_rank_and_two_count_the_same(hf, items_file, shards, tmp_path):
-    byte_shards(shards)
-    items = hellaswag.load_items(items_file, get_tokenizer("bytes"), 128)
-    guesses = hellaswag.evaluate(GPT.from_pretrained(hf[1]), items, *CPU)
-    published(tmp_path, items_file)
-    flags = ["--data", shards, "--init_from", hf[1], "--device", "cpu", "--T", 16, "--B", 2, "--total_batch_size", 64]
-    flags += ["--max_steps", 1, "--checkpoint_every", 0, "--hellaswag_every", 1]
-    for ranks in 1, 2:
-        succeed(*flags, "--log_dir", tmp_path / f"log{ranks}", ranks=ranks, cwd=tmp_path)
-    first, second = (read_log(tmp_path / f"log{ranks}", "hella") for ranks in (1, 2))
-    assert first == second and list(first) == [0, 1]
-    assert first[0] == pytest.approx(hellaswag.accuracy(guesses, items)[1], abs=1e-8)
-
-
-def test_items_longer_than_the_context_of_the_model_that_trains(items_file, shards, tmp_path):
-    byte_shards(shards)
-    published(tmp_path, items_file)
-    model = GPT(GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=16))
+def test_the_command_takes_a_checkpoint_and_another_tokenizer(items_file, tmp_path, capsys):
+    """The model's own tokenizer is GPT-2's, which the command then does not need."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(128, 50304, 1, 2, 16))
     torch.save({"model": model.state_dict(), "config": vars(model.config)}, tmp_path / "small.pt")
-    flags = ["--data", shards, "--init_from", tmp_path / "small.pt", "--device", "cpu", "--T", 16, "--B", 2, "--total_batch_size", 64]
-    flags += ["--max_steps", 1, "--checkpoint_every", 0, "--hellaswag_every", 1, "--log_dir", tmp_path / "log"]
-    assert "their context is cut" in succeed(*flags, cwd=tmp_path).stdout
-    assert list(read_log(tmp_path / "log", "hella")) == [0, 1]
+    items = load(items_file)
+    flags = ["-m", str(tmp_path / "small.pt"), "--data", str(items_file), "-d", "cpu", "--tokenizer", "bytes"]
+    hellaswag.main(flags)
+    acc, acc_norm = hellaswag.accuracy(hellaswag.evaluate(model, items), items)
+    assert f"acc {acc:.4f} acc_norm {acc_norm:.4f} on {N} items" in capsys.readouterr().out
 
 
-def test_evaluations_do_not_touch_training_with_compile_and_two_ranks(items_file, shards, tmp_path):
-    byte_shards(shards)
-    published(tmp_path, items_file)
-    flags = ["--data", shards, *TINY, "--T", 128, "--B", 1, "--total_batch_size", 256, "--compile", "--dropout", 0.1]
-    flags += ["--max_steps", 5, "--checkpoint_every", 0]
+# --------------------------------------------------------------------------------------------------
+# In the training loop
+
+
+def test_one_rank_and_two_count_the_same(hf, items_file, play, tmp_path, monkeypatch):
+    items = load(items_file)
+    guesses = lowest(independent_losses(hf[0], items_file))
+    publish(items_file, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    flags = [*play, "--n_embd", 32, "--init_from", hf[1], "--hellaswag_every", 1, "--max_steps", 1]
+    train(*flags, "--log_dir", "log1")
+    succeed(*flags, "--log_dir", "log2", ranks=2, cwd=tmp_path)
+    first, second = read_log("log1", "hella"), read_log("log2", "hella")
+    assert first == second and list(first) == [0, 1]
+    assert first[0] == pytest.approx(sum(guesses[i][1] == items[i][2] for i in range(N)) / N, abs=1e-8)
+
+
+def test_a_model_with_a_short_context_judges_cut_items(items_file, play, tmp_path, monkeypatch, capsys):
+    publish(items_file, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    model = GPT(GPTConfig(32, 384, 2, 2, 16, tokenizer="bytes"))
+    torch.save({"model": model.state_dict(), "config": vars(model.config)}, "small.pt")
+    train(*play, "--init_from", "small.pt", "--max_steps", 1, "--hellaswag_every", 1)
+    assert "are longer than 32 tokens" in capsys.readouterr().out
+    assert list(read_log("log", "hella")) == [0, 1]
+
+
+def test_evaluations_do_not_touch_training_with_compile_and_two_ranks(items_file, play, tmp_path):
+    publish(items_file, tmp_path)
+    flags = [*play, "--n_layer", 1, "--compile", "--dropout", 0.1, "--max_steps", 5]
     for every in 0, 2:
         often = [word for name in ("val", "hellaswag", "sample") for word in (f"--{name}_every", every)]
         done = succeed(*flags, *often, "--log_dir", tmp_path / f"log{every}", ranks=2, cwd=tmp_path)
-    assert {f"rank {rank} sample" in done.stdout for rank in (0, 1)} == {True}
-    assert list(read_log(tmp_path / "log2", "hella")) == [0, 2, 4, 5]
+    assert all(f"rank {rank} sample" in done.stdout for rank in (0, 1))
+    for stream in "val", "hella":
+        assert list(read_log(tmp_path / "log2", stream)) == [0, 2, 4, 5]
+        assert read_log(tmp_path / "log0", stream) == {}
     assert read_log(tmp_path / "log2") == read_log(tmp_path / "log0")
 
 
-def test_training_goes_on_without_the_file(shards, tmp_path):
+def test_training_goes_on_without_the_file(play, tmp_path):
     """A warning, once. (The file that is there is broken: what a missing one does depends on the network.)"""
-    byte_shards(shards)
     (tmp_path / "hellaswag").mkdir()
     (tmp_path / "hellaswag" / "hellaswag_val.jsonl").write_text('{"ctx": "cut o')
-    flags = ["--data", shards, *TINY, "--max_steps", 2, "--hellaswag_every", 1, "--log_dir", tmp_path / "log"]
-    done = succeed(*flags, ranks=2, cwd=tmp_path)
+    done = succeed(*play, "--max_steps", 2, "--hellaswag_every", 1, ranks=2, cwd=tmp_path)
     assert done.stdout.count("warning:") == 1 and "line 1" in done.stdout
     assert read_log(tmp_path / "log", "hella") == {} and len(read_log(tmp_path / "log")) == 2
 
 
-def test_sampling_from_a_checkpoint(shards, tmp_path):
-    byte_shards(shards)
-    flags = ["--data", shards, "--device", "cpu", "--log_dir", tmp_path / "log"]
-    succeed(*flags, *TINY, "--max_steps", 1)
-    look = ["--init_from", tmp_path / "log" / "model_00001.pt", *TINY, "--sample_every", 1, "--max_steps", 0]
-    look += ["--prompt", "O tide", "--num_samples", 3, "--max_new_tokens", 4, "--top_k", 1, "--temperature", 0.5]
-    done = succeed(*flags, *look)
-    samples = [line.split(": ", 1)[1] for line in done.stdout.splitlines() if line.startswith("rank 0 sample")]
-    assert len(samples) == 3 and len(set(samples)) == 1 and samples[0].startswith("O tide")  # top_k 1: no choice
-    assert "step     0 | val" in done.stdout
+def test_sampling_from_a_checkpoint(play, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train(*play, "--max_steps", 1, "--checkpoint_every", 1)
+    capsys.readouterr()
+    look = ["--init_from", "log/model_00001.pt", "--max_steps", 0, "--val_every", 1, "--sample_every", 1]
+    look += ["--prompt", "O tide", "--num_samples", 3, "--max_new_tokens", 4, "--top_k", 1]
+    train(*play, *look)
+    lines = capsys.readouterr().out.splitlines()
+    samples = [line.split(": ", 1)[1] for line in lines if line.startswith("rank 0 sample")]
+    assert len(samples) == 3 and len(set(samples)) == 1  # with top_k 1 there is no choice
+    assert samples[0].startswith("O tide")
+    assert any(line.startswith("step     0 | val") for line in lines)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files that are not as they should be.
+# --------------------------------------------------------------------------------------------------
+# Files that are not as they should be
 
 
 @pytest.mark.parametrize(
-    "line, word",
+    "line, reason",
     [
-        ('{"ctx": "a", "endi', "line 2 is not an item"),
-        ('{"ctx": "a", "endings": ["a", "b", "c", "d"]}', "line 2 has no 'label'"),
-        ('{"endings": ["a", "b", "c", "d"], "label": 1}', "line 2 has no 'ctx'"),
-        ('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": 4}', "line 2 is not an item (label 4"),
-        ('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": ""}', "line 2 is not an item"),
-        ('{"ctx": "a", "endings": ["a", "b", "c"], "label": 1}', "line 2 is not an item (label 1 of 3"),
-        ('["a"]', "line 2 is not an item"),
+        ('{"ctx": "a", "endi', "JSONDecodeError"),
+        ('{"ctx": "a", "endings": ["a", "b", "c", "d"]}', "KeyError: 'label'"),
+        ('{"endings": ["a", "b", "c", "d"], "label": 1}', "KeyError: 'ctx'"),
+        ('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": 4}', "ValueError: label 4"),
+        ('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": ""}', "ValueError"),
+        ('{"ctx": "a", "endings": ["a", "b", "c"], "label": 1}', "ValueError: label 1 of 3 endings"),
+        ('["a"]', "TypeError"),
     ],
 )
-def test_bad_lines_are_named(items_file, line, word):
+def test_bad_lines_are_named(items_file, line, reason):
     lines = items_file.read_text().splitlines()
     items_file.write_text("\n".join([lines[0], line, *lines[1:]]))
     with pytest.raises(UserError) as e:
-        hellaswag.load_items(items_file, get_tokenizer("bytes"))
-    assert word in str(e.value) and str(items_file) in str(e.value)
+        load(items_file)
+    assert str(e.value).startswith(f"{items_file} line 2 can't be read ({reason}")
 
 
 def test_an_empty_file(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(UserError, match="empty.jsonl is empty"):
-        hellaswag.load_items(tmp_path / "empty.jsonl", get_tokenizer("bytes"))
+        load(tmp_path / "empty.jsonl")
 
 
-def test_what_is_no_file_or_model(items_file, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--data", "nowhere.jsonl", "-m", "hf"], "error: nowhere.jsonl can't be read"),
+        (["-m", "bad.pt"], "error: bad.pt can't be read"),
+        (["-m", "gpt5"], "error: gpt5 can't be read"),
+        (["-m", "empty"], "error: empty can't be read"),
+        (["-m", "hf", "--clean", "bad.pt"], "error: bad.pt can't be read"),
+        (["-m", "hf", "--tokenizer", "klingon"], "error: klingon can't be read"),
+        (["--contamination", "empty"], "error: empty needs shards"),
+        (["--contamination", "nowhere"], "nowhere"),
+        (["-m", "hf", "--limit", "0"], "error: --limit 0"),
+        (["-m", "hf", "--batch_size", "-1"], "error: --batch_size -1"),
+        (["-m", "hf", "--contamination", "empty"], "error: give either a model"),
+        ([], "error: give either a model"),
+    ],
+)
+def test_wrong_flags_files_and_models_are_named(hf, items_file, tmp_path, monkeypatch, capsys, flags, word):
+    """In one line, with exit status 2."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.pt").write_text("x")
-    for flags, word in [
-        (["--data", "nowhere.jsonl", "-m", "gpt2"], "nowhere.jsonl"),
-        (["-m", str(tmp_path / "bad.pt")], "bad.pt is damaged"),
-        (["-m", "gpt5"], "gpt5 is no .pt file, Hugging Face directory or released name"),
-        (["-m", str(tmp_path)], f"{tmp_path} is no .pt file"),
-        (["-m", "gpt2", "--limit", "0"], "--limit 0"),
-        (["--contamination", str(tmp_path)], "needs shards"),
-        ([], "-m"),
-    ]:
-        done = subprocess.run(
-            [sys.executable, ROOT / "hellaswag.py", "--data", items_file, *flags],
-            env=environment(), capture_output=True, text=True,
-        )  # fmt: skip
-        errors = [line for line in done.stderr.splitlines() if "rror" in line]
-        assert done.returncode == 2 and len(errors) == 1 and errors[0].startswith("error: "), done.stderr
-        assert word in errors[0]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as e:
+        fineweb.run(lambda: hellaswag.main(["--data", str(items_file), *flags]))
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert e.value.code == 2 and len(errors) == 1 and word in errors[0]
 
 
 def test_long_items_lose_the_beginning_of_their_context(hf, items_file, capsys):
-    tokenizer = get_tokenizer("bytes")
     item = json.loads(items_file.read_text().splitlines()[0])
     cut = item | {"ctx": item["ctx"][-(40 - 1 - max(map(len, item["endings"]))) :]}
     assert len(cut["ctx"]) < len(item["ctx"])
     items_file.write_text(json.dumps(item) + "\n" + json.dumps(cut))
-    long, short = hellaswag.load_items(items_file, tokenizer, 40)
+    long, short = load(items_file, 40)
     assert long == short
     assert "1 items" in capsys.readouterr().out
-    whole, _ = hellaswag.load_items(items_file, tokenizer, 128)
-    assert tokenizer.decode(whole[0]) == item["ctx"]
-    model = GPT.from_pretrained(hf[1])
-    hellaswag.evaluate(model, hellaswag.load_items(items_file, tokenizer, 8), *CPU)  # endings are longer still
+    assert get_tokenizer("bytes").decode(load(items_file)[0][0]) == item["ctx"]
+
+
+def test_items_whose_endings_alone_are_too_long_are_judged_by_their_beginning(hf, items_file):
+    items = load(items_file, 8)
+    assert max(len(context) + len(ending) for context, endings, _ in items for ending in endings) == 8
+    assert len(hellaswag.evaluate(GPT.from_pretrained(hf[1]), items)) == N
+
+
+def test_a_context_without_a_word_begins_with_the_end_of_text(items_file):
+    items_file.write_text(json.dumps({"ctx": "", "endings": ["a", "b", "c", "d"], "label": 0}))
+    assert load(items_file) == [([256], [[32, 97], [32, 98], [32, 99], [32, 100]], 0)]
 
 
 @pytest.fixture
@@ -251,7 +363,7 @@ def server(tmp_path, monkeypatch):
 def test_download_is_whole_or_not_there(server, tmp_path):
     path, body = tmp_path / "hellaswag" / "hellaswag_val.jsonl", b'{"ctx": "..."}\n' * 20_000
     server.answers = [(200, len(body), body[:100_000]), (500, 3, b"sad"), (404, 3, b"sad")]
-    with pytest.raises(UserError, match="can't be fetched .*404.*put the file at hellaswag/hellaswag_val.jsonl"):
+    with pytest.raises(UserError, match="can't be fetched .*404.* at hellaswag/hellaswag_val.jsonl"):
         hellaswag.download("val")
     assert server.answers == [] and not path.exists()
     server.answers = [(200, len(body), body[:100_000]), (200, len(body), body)]  # breaks off, is tried again
@@ -271,105 +383,155 @@ def test_no_network(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Contamination.
+# --------------------------------------------------------------------------------------------------
+# Contamination
 
 
-@pytest.mark.parametrize("name", ["bytes", pytest.param("gpt2", marks=needs_bpe)])
-def test_contamination_finds_what_is_there_and_nothing_else(name, tmp_path, monkeypatch):
+class Words:
+    """Random texts of a tokenizer, as tokens each of which is a word, and what is found of them in shards."""
+
+    def __init__(self, name):
+        self.tokenizer, self.rng = get_tokenizer(name), np.random.default_rng(0)
+        self.eot, self.comma = self.tokenizer.eot_token, self.tokenizer.encode_ordinary(",")
+        tokens = ((i, self.tokenizer.decode_single_token_bytes(i)) for i in range(self.eot))
+        self.words = [i for i, token in tokens if re.search(rb"[0-9A-Za-z\x80-\xff]", token)]
+
+    def draw(self, n):
+        return self.rng.choice(self.words, n).tolist()
+
+    def item(self, tokens):
+        """An item with these tokens: half of them are the context, the others the right ending."""
+        cut = len(tokens) // 2
+        return tokens[:cut], [self.draw(9), tokens[cut:], self.draw(9), self.draw(9)], 1
+
+    def find(self, items, *shards):
+        """What is found of the items, lists of tokens, in shards."""
+        arrays = [np.array(tokens, dtype=np.uint16) for tokens in shards]
+        return hellaswag.contamination([self.item(tokens) for tokens in items], arrays, self.tokenizer)
+
+    def find_amid_others(self, pairs):
+        """pairs: (tokens of an item, tokens that stand in a shard between random others)."""
+        shard = [self.eot]
+        for _, tokens in pairs:
+            shard += self.draw(self.rng.integers(30, 90)) + tokens + self.draw(20)
+        return self.find([item for item, _ in pairs], shard)
+
+
+@pytest.fixture(params=TOKENIZERS)
+def words(request, monkeypatch):
     monkeypatch.setattr(hellaswag, "CHUNK", 50)  # many borders between chunks
-    rng, tokenizer = np.random.default_rng(0), get_tokenizer(name)
-    codes = hellaswag.word_codes(tokenizer)
-    words = np.setdiff1d(np.flatnonzero(codes), EOT)
-    comma = tokenizer.encode_ordinary(",")
-    upper, lower = (tokenizer.encode_ordinary(text) for text in ("A", "a"))
+    return Words(request.param)
 
-    def draw(n):
-        return rng.choice(words, n).tolist()
 
-    items, shard, expected = [], [], []
-
-    def plant(found, item, tokens):
-        """An item (its context and right ending), and tokens that stand in a shard amid others."""
-        nonlocal shard
-        cut = len(item) // 2
-        items.append((item[:cut], [draw(9), item[cut:], draw(9), draw(9)], 1))
-        expected.extend([len(items) - 1] * found)
-        shard += draw(rng.integers(30, 90)) + tokens + draw(20)
-
+def test_thirteen_words_in_a_row_are_found_and_twelve_are_not(words):
+    pairs = []
     for _ in range(20):
-        x = draw(30)
-        plant(True, x, x[8:21])
-        plant(False, x := draw(30), x[8:20])
-        plant(False, x := draw(30), x[8:14] + draw(1) + x[15:22])
-        plant(False, x := draw(30), x[8:15] + [EOT] + x[15:22])  # in two documents
-        plant(True, x := draw(30), [t for word in x[:13] for t in (word, *comma)])
-        plant(True, x := draw(5) + comma + draw(5) + upper + draw(8), [t for t in x if t not in comma][:10] + lower + x[12:])
-        plant(True, x := draw(8), x)
-        plant(False, x := draw(8), x[1:])
-        plant(True, x := draw(1) + x[:1], x)
-    plant(False, comma * 20, comma * 20)  # no word, so nothing to be found
-    np.save(tmp_path / "train_0.npy", np.array([EOT] + shard, dtype=np.uint16))
-    straddling, ours_only = draw(30), draw(30)
-    plant(True, straddling, [])
-    shard += straddling[2:9]
-    np.save(tmp_path / "train_1.npy", np.array(shard[-200:], dtype=np.uint16))
-    np.save(tmp_path / "train_2.npy", np.array(straddling[9:15] + draw(300), dtype=np.uint16))
-    plant(False, ours_only, [])
-    np.save(tmp_path / "val.npy", np.array([EOT] + ours_only, dtype=np.uint16))
-    items.append((draw(20), [x := draw(20), draw(20), draw(20), draw(20)], 3))  # only a wrong ending is there
-    np.save(tmp_path / "train_3.npy", np.array(draw(100) + x, dtype=np.uint16))
-    assert hellaswag.contamination(items, sorted(tmp_path.glob("train*")), tokenizer) == expected
+        pairs.append((x := words.draw(30), x[8:21]))
+        pairs.append((x := words.draw(30), x[8:20]))
+        pairs.append((x := words.draw(30), x[8:14] + words.draw(1) + x[15:22]))
+    assert words.find_amid_others(pairs) == list(range(0, 60, 3))
 
 
-@pytest.mark.parametrize("name", ["bytes", pytest.param("gpt2", marks=needs_bpe)])
-def test_contamination_of_texts_and_the_clean_rest(name, hf, items_file, tmp_path, capsys):
-    tokenizer = get_tokenizer(name)
+def test_punctuation_and_case_do_not_count(words):
+    upper, lower = (words.tokenizer.encode_ordinary(text) for text in ("A", "a"))
+    pairs = []
+    for _ in range(20):
+        pairs.append((x := words.draw(30), [token for word in x[:13] for token in (word, *words.comma)]))
+        x, y = words.draw(10), words.draw(8)
+        pairs.append((x[:5] + words.comma + x[5:] + upper + y, x + lower + y))
+    pairs.append((words.comma * 20, words.comma * 20))  # no word, so there is nothing to be found
+    assert words.find_amid_others(pairs) == list(range(40))
+
+
+def test_words_in_two_documents_are_not_in_a_row(words):
+    pairs = [(x := words.draw(30), x[8:15] + [words.eot] + x[15:22]) for _ in range(20)]
+    assert words.find_amid_others(pairs) == []
+
+
+def test_an_item_of_fewer_words_is_found_as_a_whole(words):
+    pairs = []
+    for _ in range(20):
+        pairs.append((x := words.draw(8), x))
+        pairs.append((x := words.draw(8), x[1:]))
+        pairs.append((x := words.draw(3), x + words.comma))
+    found = words.find_amid_others(pairs)
+    assert found == [i for i in range(60) if i % 3 != 1]
+
+
+def test_a_text_that_goes_on_in_the_next_shard_is_found(words):
+    whole, broken = words.draw(30), words.draw(30)
+    first, third = words.draw(200) + whole[2:9], words.draw(90) + broken[6:13]
+    assert words.find([whole, broken], first, whole[9:15] + words.draw(300) + broken[:6], third) == [0]
+
+
+def test_only_the_right_ending_counts(words):
+    context, endings = words.draw(20), [words.draw(20) for _ in range(4)]
+    shard = np.array(words.draw(100) + endings[3] + words.draw(9), dtype=np.uint16)
+    items = [(context, endings, 3), (context, endings, 2)]
+    assert hellaswag.contamination(items, [shard], words.tokenizer) == [0]
+
+
+@pytest.fixture(params=TOKENIZERS)
+def overlapping(request, hf, items_file, tmp_path, monkeypatch, capsys):
+    """
+    Items, of which number 3 is in training shards, 8 is only nearly there and 9 is in the validation shard.
+    Gives the name of the tokenizer, the flags that judge a model, and what --contamination printed.
+    """
     items = [json.loads(line) for line in items_file.read_text().splitlines()]
-    items[3] |= {"ctx": "Every morning the old clerk walks down to the harbour and counts the boats.", "label": 2}
+    clerk = "Every morning the old clerk walks down to the harbour and counts the boats."
+    items[3] |= {"ctx": clerk, "label": 2}
     items[3]["endings"][2] = "Then he writes the number into a book."
-    items[8] |= {"ctx": items[3]["ctx"].replace("clerk", "sailor").replace("counts", "greets")}  # too few are the same
+    items[8] |= {"ctx": clerk.replace("clerk", "sailor").replace("counts", "greets")}  # too few are the same
+    items[9]["ctx"] = held_out = "A heron stood in the shallow water and looked at none of all the people."
     items_file.write_text("".join(json.dumps(item) + "\n" for item in items))
-    text = "He said: every morning - the old clerk walks down to the harbour, and counts the boats! And so on."
-    (tmp_path / "shards").mkdir()
-    tokens = [EOT, *tokenizer.encode_ordinary(text), EOT, *tokenizer.encode_ordinary("Nothing else of it is here. " * 9)]
-    np.save(tmp_path / "shards" / "train.npy", np.array(tokens, dtype=np.uint16))
-    np.save(tmp_path / "shards" / "val.npy", np.array(tokens[:9], dtype=np.uint16))
-    if name == "bytes":
-        byte_shards(tmp_path / "shards")
-    out = str(tmp_path / "found" / "items.json")
-    hellaswag.main(["--contamination", str(tmp_path / "shards"), "--data", str(items_file), "--out", out])
-    found = json.loads(open(out).read())["overlapping"]
-    assert 3 in found and (name == "bytes" or found == [3])  # 13 letters are less than 13 words
-    assert f"{len(found)} of 31 items" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(held_out)
+    text = "He said: every morning - the old clerk walks down to the harbour, and counts the boats! "
+    (tmp_path / "b.txt").write_text(text + "And so on. Of the other items nothing is here.")
+    n = 1 + len(get_tokenizer(request.param).encode_ordinary(held_out))  # the validation shard
+    fineweb.main(["--input", "*.txt", "--out", "made", "--shard_size", str(n), "--tokenizer", request.param])
+    if request.param == "gpt2":
+        save_hugging_face(tmp_path / "hf", "gpt2")
+    hellaswag.main(["--contamination", "made", "--data", str(items_file), "--out", "found/items.json"])
+    return request.param, ["-m", str(hf[1]), "--data", str(items_file), "-d", "cpu"], capsys.readouterr().out
 
-    model = ["-m", str(hf[1]), "--data", str(items_file), "--tokenizer", name, "-d", "cpu"]
-    hellaswag.main([*model, "--clean", out])
-    lines = capsys.readouterr().out.splitlines()[-3:]
-    rated = GPT.from_pretrained(hf[1])
-    loaded = hellaswag.load_items(items_file, tokenizer, 128)
-    guesses = hellaswag.evaluate(rated, loaded, *CPU)
-    right = [guesses[i][1] == loaded[i][2] for i in range(31)]
-    for line, part in zip(lines, (range(31), set(range(31)) - set(found), found)):
+
+def test_contamination_of_texts_in_shards_of_fineweb(overlapping):
+    """13 letters are less than 13 words: among bytes more than the clerk's item is found."""
+    name, _, out = overlapping
+    found = json.loads(Path("found/items.json").read_text())["overlapping"]
+    assert 3 in found and 9 not in found and (name == "bytes" or found == [3])
+    assert f"{len(found)} of {N} items" in out
+
+
+def test_clean_and_overlapping_items_are_judged_apart(overlapping, hf, items_file, capsys):
+    name, model, _ = overlapping
+    found = json.loads(Path("found/items.json").read_text())["overlapping"]
+    hellaswag.main([*model, "--clean", "found/items.json"])
+    lines, items = capsys.readouterr().out.splitlines()[-3:], load(items_file, tokenizer=name)
+    guesses = hellaswag.evaluate(GPT.from_pretrained(hf[1]), items)
+    right = [guesses[i][1] == items[i][2] for i in range(N)]
+    for line, part in zip(lines, (range(N), set(range(N)) - set(found), found)):
         assert f"acc_norm {sum(right[i] for i in part) / len(part):.4f} on {len(part)} items" in line
-    with pytest.raises(UserError, match="about 31 items of items.jsonl"):
-        hellaswag.main([*model, "--clean", out, "--limit", "5"])
+    with pytest.raises(UserError, match=f"about {N} items of items.jsonl"):
+        hellaswag.main([*model, "--clean", "found/items.json", "--limit", "5"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What others say of the same model.
+# --------------------------------------------------------------------------------------------------
+# What others say of the same model
 
 
-@needs_bpe
-def test_the_harness_agrees_item_by_item(hf, items_file, tmp_path, monkeypatch):
-    """lm-evaluation-harness on the exported model: its acc is the lowest summed loss too (pip install lm_eval)."""
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_harness_agrees_item_by_item(name, items_file, tmp_path, monkeypatch):
+    """lm-evaluation-harness on the exported model. Its acc is the lowest sum too. (pip install lm_eval)"""
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    GPT.from_pretrained(hf[1]).save_pretrained(tmp_path / "export")
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "ours.yaml").write_text(f"""
+    save_hugging_face(tmp_path / "hf", name)
+    model, items = GPT.from_pretrained(tmp_path / "hf"), load(items_file, tokenizer=name)
+    model.save_pretrained(tmp_path / "export")
+    (tmp_path / "ours.yaml").write_text(f"""
 task: ours
 dataset_path: json
 dataset_kwargs: {{data_files: {{validation: {items_file}}}}}
@@ -381,25 +543,28 @@ doc_to_target: "{{{{label}}}}"
 metric_list: [{{metric: acc}}]
 """)
     results = lm_eval.simple_evaluate(
-        model="hf", model_args=f"pretrained={tmp_path / 'export'},dtype=float32", device="cpu", batch_size=4, tasks=["ours"],
-        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False), bootstrap_iters=0,
+        model="hf", model_args=f"pretrained={tmp_path / 'export'},dtype=float32", device="cpu", batch_size=4,
+        tasks=["ours"], bootstrap_iters=0,
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
     )  # fmt: skip
-    items = hellaswag.load_items(items_file, get_tokenizer(), 128)
-    ours = hellaswag.evaluate(GPT.from_pretrained(hf[1]), items, *CPU)
-    theirs = {s["doc_id"]: [response[0] for response in s["filtered_resps"]] for s in results["samples"]["ours"]}
-    assert {i: scores.index(max(scores)) for i, scores in theirs.items()} == {i: by_sum for i, (by_sum, _) in ours.items()}
+    ours = hellaswag.evaluate(model, items)
+    for sample in results["samples"]["ours"]:
+        scores = [response[0] for response in sample["filtered_resps"]]
+        assert scores.index(max(scores)) == ours[sample["doc_id"]][0]
+    assert len(results["samples"]["ours"]) == N
     assert results["results"]["ours"]["acc,none"] == hellaswag.accuracy(ours, items)[0]
 
 
-@needs_bpe
-def test_exported_model_runs_in_a_pipeline(hf, tmp_path):
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_exported_model_runs_in_a_pipeline(name, tmp_path):
     from transformers import AutoModelForCausalLM, pipeline
 
-    model = GPT.from_pretrained(hf[1])
+    save_hugging_face(tmp_path / "hf", name)
+    model, tokenizer = GPT.from_pretrained(tmp_path / "hf"), get_tokenizer(name)
     model.save_pretrained(tmp_path / "export")
     write = pipeline("text-generation", model=str(tmp_path / "export"), device="cpu")
     [theirs] = write("The tide", max_new_tokens=10, do_sample=False)
-    idx = torch.tensor([get_tokenizer().encode_ordinary("The tide")])
-    assert theirs["generated_text"] == get_tokenizer().decode(model.generate(idx, 10, top_k=1)[0].tolist())
+    idx = torch.tensor([tokenizer.encode_ordinary("The tide")])
+    assert theirs["generated_text"] == tokenizer.decode(model.generate(idx, 10, top_k=1)[0].tolist())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
-    torch.testing.assert_close(again(idx).logits, model.eval()(idx)[0][..., :50257], atol=1e-5, rtol=0)
+    torch.testing.assert_close(again(idx).logits, model(idx)[0], atol=1e-4, rtol=0)
