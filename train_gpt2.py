@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -242,7 +243,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path, checkpoint=None):
-        """The model in a .pt file that training wrote. checkpoint: the
+        """The model in a .pt file that training wrote, this script's or the lecture's. checkpoint: the
         contents of the file, where they have been read already."""
         checkpoint = checkpoint or load_checkpoint(path)
         with readable(path, "give a checkpoint that training wrote"):
@@ -264,9 +265,16 @@ def transpose_conv1d(state):
 def load_checkpoint(path):
     """The dict in a .pt file, with at least "model", a state dict, and "config", the fields of GPTConfig. It
     is read as plain data: no code in the file is run. UserError if it is damaged or something else."""
-    with readable(path, "give a checkpoint that training wrote"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint | {"config": dict(checkpoint["config"])}
+    with readable(path, "give a checkpoint that training wrote"), zipfile.ZipFile(path) as file:
+        if damaged := file.testzip():  # torch.load does not verify the checksums
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        # The lecture's script pickled an instance of GPTConfig, a class of its module __main__.
+        with torch.serialization.safe_globals([(GPTConfig, "__main__.GPTConfig")]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        config = checkpoint["config"]
+        config = asdict(config) if isinstance(config, GPTConfig) else dict(config)
+        weights = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()}
+        return checkpoint | {"config": config, "model": weights}
 
 
 def load_model(source, checkpoint=None):

@@ -1,6 +1,8 @@
 """The model against Hugging Face's GPT-2, hand-computed figures and the lecture's."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -231,7 +233,33 @@ def test_byte_tokens_are_the_byte_values():
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints
+# Checkpoints of the lecture's script
+
+LECTURE = """
+import sys, torch
+from dataclasses import dataclass
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+state = torch.load(sys.argv[1], weights_only=True)
+config = GPTConfig(block_size=32, vocab_size=50304, n_layer=3, n_head=4, n_embd=32)
+torch.save({"model": state, "config": config, "step": 7, "val_loss": 3.25}, sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_a_checkpoint_of_the_lecture_loads(tmp_path, prefix):
+    """It has a pickled GPTConfig of __main__; with torch.compile its names have a prefix."""
+    model = GPT(SMALL)
+    torch.save({prefix + name: w for name, w in model.state_dict().items()}, tmp_path / "state.pt")
+    subprocess.run([sys.executable, "-c", LECTURE, tmp_path / "state.pt", tmp_path / "log.pt"], check=True)
+    back = GPT.from_checkpoint(tmp_path / "log.pt")
+    assert back.config == SMALL
+    assert all(torch.equal(w, back.state_dict()[name]) for name, w in model.state_dict().items())
 
 
 def test_no_code_in_a_checkpoint_is_run(tmp_path):
@@ -243,3 +271,16 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path):
     with pytest.raises(UserError, match="bad.pt can't be read"):
         GPT.from_checkpoint(tmp_path / "bad.pt")
     assert not (tmp_path / "executed").exists()
+
+
+def test_checksums_of_a_checkpoint_are_verified(tmp_path):
+    """One bit of a weight, which torch.load does not notice."""
+    model = GPT(SMALL)
+    torch.save({"model": model.state_dict(), "config": vars(SMALL)}, tmp_path / "a.pt")
+    data = bytearray((tmp_path / "a.pt").read_bytes())
+    place = data.index(model.transformer.wpe.weight.detach().numpy().tobytes()[:64])
+    data[place] ^= 1
+    (tmp_path / "a.pt").write_bytes(data)
+    assert torch.load(tmp_path / "a.pt", weights_only=True)
+    with pytest.raises(UserError, match="a.pt can't be read .*checksum"):
+        GPT.from_checkpoint(tmp_path / "a.pt")
