@@ -202,13 +202,20 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_dir):
         """The model of a name on the Hugging Face hub ("gpt2", ... "gpt2-xl"), or of a directory that
-        save_pretrained wrote. UserError for anything but GPT-2."""
+        save_pretrained wrote. UserError for anything but GPT-2, and for variants of it."""
         from transformers import AutoConfig, GPT2LMHeadModel
 
         with readable(name_or_dir, "give a released name, or a directory that save_pretrained wrote"):
             c = AutoConfig.from_pretrained(name_or_dir)
-            if c.model_type != "gpt2" or c.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
-                raise ValueError(f"model_type is {c.model_type}, and it must be a GPT-2 with gelu_new")
+            supported = {
+                "model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+                "layer_norm_epsilon": [1e-5], "n_inner": [None, 4 * getattr(c, "n_embd", 0)],
+                "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
+                "tie_word_embeddings": [True],
+            }  # fmt: skip
+            for field, values in supported.items():
+                if (value := getattr(c, field, None)) not in values:
+                    raise ValueError(f"{field} is {value}, but in this model {values[0]}")
             hf, info = GPT2LMHeadModel.from_pretrained(name_or_dir, output_loading_info=True)
             if info["missing_keys"]:
                 raise ValueError(f"{sorted(info['missing_keys'])[0]} is missing")

@@ -82,6 +82,17 @@ def test_an_exported_model_of_bytes_comes_back_as_one(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path).encode("é\n<|endoftext|>") == [0xC3, 0xA9, 10, 256]
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [("activation_function", "relu"), ("layer_norm_epsilon", 1e-6), ("scale_attn_weights", False),
+     ("scale_attn_by_inverse_layer_idx", True), ("tie_word_embeddings", False), ("n_inner", 32)],
+)  # fmt: skip
+def test_variants_of_gpt2_are_refused_by_their_field(tmp_path, field, value):
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, **{field: value})).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"{field} is {value}"):
+        GPT.from_pretrained(tmp_path)
+
+
 def test_another_architecture_is_refused(tmp_path):
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
