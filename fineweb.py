@@ -228,24 +228,29 @@ def load_text(path, tokenizer):
 
 
 def open_shard(shard):
-    """The tokens of a shard, uint16 (n,), memory-mapped. shard: a .npy file; or an array, which is returned
-    as it is."""
+    """The tokens of a shard, uint16 (n,), memory-mapped. shard: a .npy file; a .bin file of llm.c, 256 int32
+    of header (20240520, 1, n), then n uint16; or an array, which is returned as it is."""
     if isinstance(shard, np.ndarray):
         return shard
     with readable(shard, "delete it, and make or fetch it again"):
-        tokens = np.load(shard, mmap_mode="r")
+        if str(shard).endswith(".bin"):
+            tokens = np.memmap(shard, np.uint16, "r", offset=1024)
+            if np.fromfile(shard, np.int32, 3).tolist() != [20240520, 1, len(tokens)]:
+                raise ValueError("its header is not that of a shard of llm.c with as many tokens")
+        else:
+            tokens = np.load(shard, mmap_mode="r")
         if tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise ValueError(f"it is {tokens.ndim}-D {tokens.dtype}, and a shard is 1-D uint16")
     return np.asarray(tokens)
 
 
 def find_shards(directory):
-    """The .npy files of a directory with the word "train" or "val" in their names. meta.json, which
+    """The .npy and .bin files of a directory with the word "train" or "val" in their names. meta.json, which
     this script writes beside them, says what their tokens are; without it they are GPT-2's."""
     splits, file = {"train": {}, "val": {}}, Path(directory, "meta.json")
     for path in sorted(Path(directory).iterdir()):
         word = re.search(r"(?<![a-z])(train|val)(?![a-z])", path.name)
-        if word and path.suffix == ".npy":
+        if word and path.suffix in (".npy", ".bin"):
             splits[word[1]][str(path)] = path
     if not splits["train"] or not splits["val"]:
         raise UserError(f"{directory} needs shards, *_train_*.npy and *_val_*.npy: fineweb.py makes them")

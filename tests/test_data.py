@@ -120,6 +120,16 @@ def test_text_file_splits_and_documents(tmp_path):
     assert (data.tokenizer, data.n_vocab, data.eot, data.bytes_per_token) == ("bytes", 257, 256, 4 / 5)
 
 
+def test_shards_of_llm_c_train(tmp_path):
+    """.bin files: 256 int32 of header, then the tokens. The rows are those of .npy files."""
+    for name, seed in ("train", 1), ("val", 2):
+        tokens, header = make_tokens(300, seed), np.zeros(256, dtype=np.int32)
+        header[:3] = 20240520, 1, 300
+        (tmp_path / f"fineweb_{name}_000001.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    x, _ = loader(tmp_path, B=18, shuffle=False).next_batch()
+    assert x.flatten().tolist() == make_tokens(300, 1)[: 18 * T].tolist()
+
+
 def test_the_shuffled_order_is_pinned():
     """A run that is resumed years later, with another numpy, must meet the same order: known values."""
     tokens = np.arange(40, dtype=np.uint16)

@@ -682,6 +682,27 @@ def test_the_word_in_the_name_says_the_split(tmp_path):
     assert {path.name for path in data.val.values()} == {"retrieval_val_000000.npy", "my-val-2.npy"}
 
 
+def test_shards_of_llm_c_are_read(tmp_path):
+    for i, name in enumerate(("val_000000", "train_000001", "train_000002")):
+        write_bin(tmp_path / f"edu_fineweb_{name}.bin", make_tokens(100 + i, i))
+    data = find_shards(tmp_path)
+    train, (val,) = [open_shard(path) for path in data.train.values()], map(open_shard, data.val.values())
+    for i, tokens in enumerate((val, *train)):
+        assert tokens.dtype == np.uint16 and np.array_equal(tokens, make_tokens(100 + i, i))
+
+
+@pytest.mark.parametrize(
+    "fault", [{"magic": 20240801}, {"version": 7}, {"n": 99}, {"n": 101}, {"n": 0}, "short", "odd", "empty"]
+)
+def test_a_bin_file_that_is_no_whole_shard_of_llm_c_is_named(tmp_path, fault):
+    path = tmp_path / "a_train_000001.bin"
+    write_bin(path, make_tokens(100, 1), **(fault if isinstance(fault, dict) else {}))
+    cut = {"short": 1000, "odd": -1, "empty": 0}.get(str(fault))
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(UserError, match=f"{path} can't be read"):
+        open_shard(path)
+
+
 @pytest.mark.parametrize("array", [np.zeros(9, np.int32), np.zeros((3, 3), np.uint16), np.array(["a", None])])
 def test_an_array_of_another_kind_is_no_shard(tmp_path, array):
     np.save(tmp_path / "a_train_000001.npy", array)
