@@ -39,6 +39,11 @@ import pyarrow.parquet as pq
 import tiktoken
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows has no file locks of this kind
+    fcntl = None
+
 RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process; number 0 prints for all
 
 # --------------------------------------------------------------------------------------------------
@@ -106,6 +111,22 @@ def warn_only(what):
     except (UserError, OSError) as e:
         if RANK == 0:
             print(f"warning: {e}; {what}", flush=True)
+
+
+@contextlib.contextmanager
+def locked(directory):
+    """Lock a directory, so that two runs never write to one. The lock ends with the process at the latest."""
+    if not fcntl:
+        yield
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"{directory} is in use by another run: wait for it, or choose another") from None
+    finally:
+        os.close(handle)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -495,14 +516,15 @@ def main(argv=None):
         "files_sha256": hashlib.sha256(json.dumps(stats).encode()).hexdigest(),
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    meta = open_meta(out, settings)
-    if not meta["complete"]:
-        write_json(out / "meta.json", meta)  # finds a directory that can't be written to before the work
-        print(f"{len(files)} files into {out}; after a stop the same command goes on from the last shard")
-        if tokenizer_file and tokenizer_file.resolve() != (out / "tokenizer.json").resolve():
-            with complete_file(out / "tokenizer.json") as f:
-                f.write(tokenizer_file.read_bytes())
-        write_shards(out, meta, sources, tokenizer, args.workers)
+    with locked(out):
+        meta = open_meta(out, settings)
+        if not meta["complete"]:
+            write_json(out / "meta.json", meta)  # finds a directory that can't be written to before the work
+            print(f"{len(files)} files into {out}; after a stop the same command goes on from the last shard")
+            if tokenizer_file and tokenizer_file.resolve() != (out / "tokenizer.json").resolve():
+                with complete_file(out / "tokenizer.json") as f:
+                    f.write(tokenizer_file.read_bytes())
+            write_shards(out, meta, sources, tokenizer, args.workers)
     shards = meta["shards"].values()
     tokens, texts, size = (sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes"))
     print(f"complete: {len(shards)} shards, {tokens:,} tokens, {texts:,} documents, {size:,} bytes of text")

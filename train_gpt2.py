@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
-from fineweb import UserError, complete_file, readable, run, warn_only, write_json
+from fineweb import UserError, complete_file, locked, readable, run, warn_only, write_json
 from fineweb import find_shards, get_tokenizer, load_text, open_shard, to_hugging_face
 
 # torchrun sets these for each process; without it there is one process.
@@ -885,6 +885,7 @@ def main(argv=None):
         if args.max_steps > 0:  # --max_steps 0 looks at a model, and writes nothing
             if RANK == 0:
                 Path(args.log_dir).mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(args.log_dir))
             any_rank(False)  # a barrier: now all ranks have read what they need from log_dir
             if RANK == 0:
                 open_log(args, latest, config, loader)

@@ -267,6 +267,19 @@ def test_after_a_stop_the_batches_before_the_last_shard_are_left_out(corpus, who
     assert len("".join(again)) < len("".join(corpus[1])) - first * 2**20 < len("".join(again)) + 2**20
 
 
+def test_two_runs_never_write_to_one_directory(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", make_texts(20))
+    (out := tmp_path / "out").mkdir()
+    flags = "--input", tmp_path / "a.jsonl", "--out", out, "--shard_size", 1000
+    with fineweb.locked(out):
+        assert f"{out} is in use" in refused(*flags)
+        assert not contents(out)
+    tokenize(*flags)  # now it can
+    assert "shard_size" in refused(*flags[:-1], 5)
+    with fineweb.locked(out):  # neither a run that ended nor one that failed keeps the lock
+        pass
+
+
 def test_disk_full_keeps_what_is_complete(corpus, whole, tmp_path):
     """A limit on the size of a file stands for the full disk: the write fails in the middle of a shard."""
     flags = "--input", corpus[0] / "*", "--out", tmp_path / "out", "--shard_size", SIZE

@@ -339,6 +339,16 @@ def test_a_new_run_keeps_the_files_of_the_one_before(shards, tmp_path, monkeypat
     assert str(aside) in capsys.readouterr().out and shards.exists()
 
 
+def test_two_runs_never_share_a_directory(shards, tmp_path):
+    flags = ["--data", shards, *TINY, "--max_steps", 1, "--log_dir", tmp_path / "log"]
+    main(*flags)
+    before = (tmp_path / "log" / "log.txt").read_text()
+    with train_gpt2.locked(tmp_path / "log"), pytest.raises(UserError, match=f"{tmp_path}/log is in use"):
+        main(*flags)
+    assert (tmp_path / "log" / "log.txt").read_text() == before
+    main(*flags)
+
+
 def test_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(shards, tmp_path):
     flags = ["--data", shards, *RUN, "--checkpoint_every", 1, "--warmup_steps", 0, "--max_lr", 1e18]
     with pytest.raises(UserError, match=r"step \d+: loss .*--max_lr") as e:
