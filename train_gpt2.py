@@ -809,7 +809,8 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
         if tokenizer and due(args.sample_every) and (step > 0 or last):
             print_samples(model, tokenizer, args)
         if due(args.checkpoint_every) and step > 0:
-            with warn_only("training goes on without it"):
+            # A full disk costs a warning in mid-run; at the end of the run it is an error.
+            with contextlib.nullcontext() if last else warn_only("training goes on without it"):
                 save(f"model_{step:05d}.pt", "latest.pt")
         if last:
             return

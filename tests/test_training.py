@@ -349,6 +349,23 @@ def test_two_runs_never_share_a_directory(shards, tmp_path):
     main(*flags)
 
 
+def limit_file_size():
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_a_full_disk_in_mid_run_is_a_warning_and_at_the_end_an_error(shards, tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    flags = ["--data", shards, *RUN, "--log_dir", tmp_path / "log", "--checkpoint_every", 10]
+    done = train(*flags, preexec_fn=limit_file_size)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stdout.count("model_00010.pt can't be written") == 1 and "training goes on" in done.stdout
+    assert "error: " in done.stderr and "model_00020.pt can't be written" in done.stderr
+    assert len(read_log(tmp_path / "log")) == 20
+    assert sorted(p.name for p in (tmp_path / "log").iterdir()) == ["config.json", "log.txt"]
+
+
 def test_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(shards, tmp_path):
     flags = ["--data", shards, *RUN, "--checkpoint_every", 1, "--warmup_steps", 0, "--max_lr", 1e18]
     with pytest.raises(UserError, match=r"step \d+: loss .*--max_lr") as e:
