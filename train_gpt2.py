@@ -372,7 +372,7 @@ def build_parser():
     flag("seed", int, 42, "random seed of initial weights, data order and dropout")
     flag("shuffle", bool, True, "a new order of shards and documents in every epoch")
     flag("device", str, None, "(the fastest there is)", choices=("cpu", "cuda", "mps"))
-    flag("dtype", str, None, "(bfloat16 on cuda, else float32)", choices=("float32", "bfloat16"))
+    flag("dtype", str, None, "(bfloat16 on GPUs that have it, else float32)", choices=("float32", "bfloat16"))
     flag("compile", bool, None, "torch.compile: a minute's wait, then faster steps (on cuda)")
     flag("val_every", int, 250, "steps between validations, 0: never")
     flag("val_tokens", int, 20 * 2**19, "tokens in one validation, at most the whole split")
@@ -441,7 +441,9 @@ def parse_args(argv=None):
 
 
 def pick_dtype(device):
-    return "bfloat16" if device == "cuda" else "float32"
+    """GPUs before Ampere have no units for bfloat16: PyTorch emulates it there, slower than float32."""
+    has_bfloat16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if has_bfloat16 else "float32"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -55,6 +55,16 @@ def test_cuda_where_there_is_none(shards, capsys):
     assert "--device cuda" in wrong_flags(capsys, "--data", shards, *TINY, "--device", "cuda")
 
 
+@pytest.mark.parametrize("has_units", [True, False])
+def test_bfloat16_is_the_default_only_on_gpus_with_units_for_it(monkeypatch, has_units):
+    def supported(including_emulation=True):
+        return has_units or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert train_gpt2.pick_dtype("cuda") == ("bfloat16" if has_units else "float32")
+    assert train_gpt2.pick_dtype("cpu") == "float32"
+
+
 def refused(*flags):
     with pytest.raises(UserError) as e:
         main(*flags)
