@@ -26,6 +26,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 import tiktoken
+from tiktoken_ext import openai_public
 from tqdm import tqdm
 
 try:
@@ -176,7 +178,7 @@ def get_tokenizer(name="gpt2"):
     Hugging Face tokenizer. UserError if it can't be had."""
     if name == "gpt2":
         with readable("GPT-2's tokenizer", "go online once, or set TIKTOKEN_CACHE_DIR to a folder with it"):
-            return tiktoken.get_encoding("gpt2")
+            return tiktoken.Encoding(**openai_public.gpt2())  # as get_encoding does, but a new one each time
     if name == "bytes":
         ranks, special = {bytes([b]): b for b in range(256)}, {"<|endoftext|>": 256}
         return tiktoken.Encoding("bytes", pat_str=r"\s?\S+|\s", mergeable_ranks=ranks, special_tokens=special)
@@ -371,10 +373,18 @@ def read_batches(sources, column):
     yield 1.0, texts
 
 
-def tokenize(batches, tokenizer, workers):
+def tokenize(batches, name, workers):
     """Yields the batches in order, with tokens for texts. Threads work on the next 2 * workers of them."""
-    with ThreadPoolExecutor(workers) as pool:
-        futures = ((far, pool.submit(encode_documents, tokenizer, texts)) for far, texts in batches)
+    thread = threading.local()
+
+    def start():  # threads that share one tiktoken.Encoding wait for each other's regular expressions
+        thread.tokenizer = get_tokenizer(name)
+
+    def work(texts):
+        return encode_documents(thread.tokenizer, texts)
+
+    with ThreadPoolExecutor(workers, initializer=start) as pool:
+        futures = ((far, pool.submit(work, texts)) for far, texts in batches)
         waiting = deque(islice(futures, 2 * workers))
         while waiting:
             far, future = waiting.popleft()
@@ -453,7 +463,7 @@ def write_shards(out, meta, sources, tokenizer, workers):
 
     batches = islice(read_batches(sources, meta["column"]), batch, None)
     with tqdm(initial=len(shards) * shard_size, unit=" tokens", unit_scale=True) as bar:
-        for far, tokens in tokenize(batches, tokenizer, workers):
+        for far, tokens in tokenize(batches, tokenizer.name, workers):
             bar.update(len(tokens) - used)
             bar.total = int(bar.n / far)  # an estimate, from the share that has been read
             while used < len(tokens):
