@@ -399,7 +399,7 @@ def parse_args(argv=None):
     if args.resume:
         path = Path(args.log_dir, "latest.pt")
         latest = load_checkpoint(path)
-        if not {"optimizers", "args"} <= latest.keys():
+        if not {"optimizers", "args", "step"} <= latest.keys():
             raise UserError(f"{path} has weights only: begin a new run with them, with --init_from")
         parser.set_defaults(**latest["args"] | {"log_dir": args.log_dir, "init_from": str(path)})
     else:
@@ -785,10 +785,10 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
     if WORLD_SIZE > 1:
         train_model = DDP(train_model, gradient_as_bucket_view=True)  # the view saves a copy of the gradients
 
-    def due(every):
+    def due(every):  # after `step` steps, the variable of the loop below
         return every and (step % every == 0 or step == args.max_steps)
 
-    def save(*names):
+    def save(*names):  # the model after `step` steps; all ranks must call it
         weights = {"model": model.state_dict(), "config": asdict(model.config), "step": step}
         weights["val_loss"] = figures.get("val")
         latest = weights | {"optimizers": collect_states(optimizers, owners), "args": args.remembered}
@@ -839,7 +839,7 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
 
 def create_model(args, source, data):
     """A new model, or `source`, the model to begin with, with more layers if the flags say so."""
-    if not source:  # rows in a multiple of 128, which matrix kernels like: 50,304 for GPT-2's 50,257 tokens
+    if not source:  # vocab_size is rounded up to a multiple of 128, for fast kernels: 50,257 becomes 50,304
         block_size, vocab_size = PRESETS[args.model].get("T", 1024), -(-data.n_vocab // 128) * 128
         shape = block_size, vocab_size, args.n_layer, args.n_head, args.n_embd
         return GPT(GPTConfig(*shape, args.dropout, data.tokenizer))
