@@ -707,7 +707,7 @@ def print_samples(model, tokenizer, args):
 def get_items(tokenizer, block_size):
     """HellaSwag's items, which rank 0 loads for all ranks; None where they can't be had."""
     items = [None]
-    if RANK == 0:
+    if RANK == 0 and tokenizer:
         with warn_only("training goes on without HellaSwag"):
             items = [hellaswag.load_items(hellaswag.download("val"), tokenizer, block_size)]
     if WORLD_SIZE > 1:
@@ -876,7 +876,7 @@ def main(argv=None):
             raise UserError(f"--T {args.T} is longer than the model's context: at most {config.block_size}")
         with warn_only("there will be no samples and no HellaSwag"):
             tokenizer = get_tokenizer(data.tokenizer)
-        if tokenizer and args.hellaswag_every:
+        if args.hellaswag_every:
             items = get_items(tokenizer, config.block_size)
         layout = args.B, args.T, RANK, WORLD_SIZE, min(data.n_vocab, config.vocab_size)
         loader = DataLoaderLite(data.train, *layout, args.seed, args.shuffle, data.eot)
