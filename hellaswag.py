@@ -10,7 +10,7 @@ which its loss is lowest.
 `acc` takes the ending with the lowest loss summed over its tokens, `acc_norm` the one with the lowest mean.
 
 Notable choices:
-- An item is four rows, context + ending, padded on the right, where causal attention never looks. Items of
+- An item is four rows, context + ending, padded on the right, where causal attention never looks. Rows of
   like length go together, and logits are computed only where a token of an ending is predicted.
 - Contamination is the test of the GPT-3 paper (appendix C): an item is contaminated if 13 of its words in a
   row occur in the shards. The shards are tokens, so a word is a token with a letter or digit. Case,
@@ -97,33 +97,32 @@ def load_items(path, tokenizer, block_size=2**20, limit=None):
 
 @torch.no_grad()
 def evaluate(model, items, batch_size=None, rank=0, world_size=1, stop=(), progress=False):
-    """{index of item: (guess by sum, guess by mean)} for this rank's share: of the items sorted by length,
-    every world_size-th. A guess is 0 to 3. model: a bare GPT, which is left in the mode in which it came.
-    batch_size: items at a time; by default 4 on a CPU, else 32. The evaluation ends early, and incomplete,
-    when `stop` is not empty."""
-    device, training, guesses = next(model.parameters()).device, model.training, {}
-    batch_size = batch_size or (4 if device.type == "cpu" else 32)
+    """{index of item: (guess by sum, guess by mean)} for this rank's share, every world_size-th item. A guess
+    is 0 to 3. model: a bare GPT, which is left in the mode in which it came. batch_size: rows at a time; by
+    default 16 on a CPU, else 128. When `stop` is not empty, the evaluation ends early, with {}."""
+    device, training = next(model.parameters()).device, model.training
+    batch_size = batch_size or (16 if device.type == "cpu" else 128)
     model.eval()
-    lengths = [len(context) + max(map(len, endings)) for context, endings, _ in items]
-    order = sorted(range(len(items)), key=lengths.__getitem__)[rank::world_size]
-    for first in tqdm(range(0, len(order), batch_size), disable=not progress):
+    mine = range(rank, len(items), world_size)
+    rows = [(i, k, items[i][0] + items[i][1][k], len(items[i][1][k])) for i in mine for k in range(4)]
+    rows.sort(key=lambda row: len(row[2]))  # rows of like length go together, so that little is padding
+    sums, means = torch.zeros(2, len(items), 4)
+    for first in tqdm(range(0, len(rows), batch_size), disable=not progress):
         if stop:
             break
-        batch = order[first : first + batch_size]
-        rows = [(items[i][0], ending) for i in batch for ending in items[i][1]]
-        idx = torch.zeros(len(rows), max(lengths[i] for i in batch), dtype=torch.int64)
+        batch = rows[first : first + batch_size]
+        idx = torch.zeros(len(batch), len(batch[-1][2]), dtype=torch.int64)
         predicts = torch.zeros_like(idx, dtype=torch.bool)  # where the next token is one of the ending
-        for r, (context, ending) in enumerate(rows):
-            idx[r, : len(context) + len(ending)] = torch.tensor(context + ending)
-            predicts[r, len(context) - 1 : len(context) + len(ending) - 1] = True
+        for r, (_, _, row, n) in enumerate(batch):
+            idx[r, : len(row)] = torch.tensor(row)
+            predicts[r, len(row) - n - 1 : len(row) - 1] = True
         hidden = model.hidden(idx.to(device))[predicts.to(device)]  # (tokens of all endings, n_embd)
-        targets = torch.tensor([token for _, ending in rows for token in ending], device=device)
-        losses = F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="none")
-        losses = losses.split([len(ending) for _, ending in rows])
-        sums, means = (torch.stack([f(loss) for loss in losses]).view(-1, 4) for f in (torch.sum, torch.mean))
-        guesses |= dict(zip(batch, zip(sums.argmin(1).tolist(), means.argmin(1).tolist())))
+        targets = torch.tensor([token for _, _, row, n in batch for token in row[-n:]], device=device)
+        losses = F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="none").cpu()
+        for (i, k, _, _), loss in zip(batch, losses.split([n for *_, n in batch])):
+            sums[i, k], means[i, k] = loss.sum(), loss.mean()
     model.train(training)
-    return guesses
+    return {} if stop else {i: (int(sums[i].argmin()), int(means[i].argmin())) for i in mine}
 
 
 def accuracy(guesses, items):
@@ -209,7 +208,7 @@ def parse_args(argv):
     flag("-m", "--model", help="released name, Hugging Face directory or .pt checkpoint")
     flag("-d", "--device", choices=("cpu", "cuda", "mps"), help="(cuda where there is one, else cpu)")
     flag("--dtype", choices=("float32", "bfloat16"), help="(bfloat16 on cuda, else float32)")
-    flag("--batch_size", type=int, help="items at a time, which changes no guess (4 on cpu, else 32)")
+    flag("--batch_size", type=int, help="rows at a time, which changes no guess (16 on cpu, else 128)")
     flag("--split", choices=("train", "val"), default="val", help="of the published files (%(default)s)")
     flag("--data", metavar="FILE", help="a .jsonl file in the published format instead")
     flag("--limit", type=int, help="only the first items (all)")

@@ -75,7 +75,7 @@ def main():
     )
     parser.add_argument("--items", type=int, default=64, help="(64)")
     parser.add_argument("--rounds", type=int, default=3, help="(3)")
-    parser.add_argument("--batch_size", type=int, help="items at a time, ours (4 on a CPU, else 32)")
+    parser.add_argument("--batch_size", type=int, help="rows at a time, ours (16 on a CPU, else 128)")
     parser.add_argument("--scan", type=int, default=400_000_000, help="tokens to scan (%(default)s)")
     parser.add_argument("--tokenizer", default="gpt2", help="whose tokens are scanned (%(default)s)")
     for name, default in ("n_layer", 12), ("n_embd", 768):

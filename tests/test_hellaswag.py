@@ -154,7 +154,8 @@ def test_an_evaluation_ends_early_when_a_stop_is_asked_for(hf, items_file):
     model, items, stop = GPT.from_pretrained(hf[1]).train(), load(items_file), []
     assert hellaswag.evaluate(model, items, stop=["a signal"]) == {}
     model.lm_head.register_forward_hook(lambda *_: stop.append("a signal"))
-    assert len(hellaswag.evaluate(model, items, 4, stop=stop)) == 4
+    assert hellaswag.evaluate(model, items, 4, stop=stop) == {}
+    assert len(stop) == 1  # no second batch
     assert model.training
 
 
