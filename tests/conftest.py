@@ -1,10 +1,12 @@
 """What the tests share: tiny shards, tiny models, and the script started as a person would."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,24 +26,43 @@ TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "16", "--T", "16", "--B",
 TINY += ["--device", "cpu", "--sample_every", "0", "--hellaswag_every", "0", "--warmup_steps", "2", "--max_lr", "1e-2"]
 
 
-def make_tokens(n, seed, largest=60):
-    """n tokens as documents of 1 to 40 small ids, each led by 50256; uint16."""
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than two seconds, most often because it starts a process")
+
+
+def make_tokens(n, seed, eot=256, largest=60):
+    """n tokens as documents of 1 to 40 small ids, each led by eot; uint16."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, largest, n)
-    tokens[np.cumsum(rng.integers(2, 42, n))[: n // 42]] = 50256
-    tokens[0] = 50256
+    tokens[np.cumsum(rng.integers(2, 42, n))[: n // 42]] = eot
+    tokens[0] = eot
     return tokens.astype(np.uint16)
+
+
+def make_shards(directory, eot):
+    """Three training shards (20 + 12 + 9 rows of 16) and one of validation; returns {name: tokens}."""
+    directory.mkdir()
+    sizes = {"val_000000": 170, "train_000001": 325, "train_000002": 200, "train_000003": 150}
+    sizes = {f"edufineweb_{name}.npy": n for name, n in sizes.items()}
+    for seed, (name, n) in enumerate(sizes.items()):
+        np.save(directory / name, make_tokens(n, seed, eot))
+    return sizes
+
+
+@pytest.fixture
+def lecture_shards(tmp_path):
+    """A directory of shards as the lecture's script writes them: just the arrays, of GPT-2's tokens."""
+    make_shards(tmp_path / "lecture_shards", 50256)
+    return tmp_path / "lecture_shards"
 
 
 @pytest.fixture
 def shards(tmp_path):
-    """A directory with three training shards (20 + 12 + 9 rows of 16) and one of validation."""
-    directory = tmp_path / "shards"
-    directory.mkdir()
-    for i, n in enumerate((325, 200, 150), start=1):
-        np.save(directory / f"edufineweb_train_{i:06d}.npy", make_tokens(n, i))
-    np.save(directory / "edufineweb_val_000000.npy", make_tokens(170, 0))
-    return directory
+    """A directory of shards of bytes, with the meta.json that fineweb.py writes: the small vocabulary is quick."""
+    entries = {name: {"tokens": n, "bytes": n} for name, n in make_shards(tmp_path / "shards", 256).items()}
+    meta = {"tokenizer": "bytes", "vocab_size": 257, "eot": 256, "complete": True, "shards": entries}
+    (tmp_path / "shards" / "meta.json").write_text(json.dumps(meta))
+    return tmp_path / "shards"
 
 
 def command(*flags, ranks=1):
@@ -77,6 +98,50 @@ def start(*flags, until, ranks=1):
         if until in line:
             return process
     raise AssertionError(f"ended with {process.wait()} before it printed {until!r}")
+
+
+class TwoRanks:
+    """Two ranks under torchrun, which start with the first job and wait for the next (see two_ranks.py)."""
+
+    def __init__(self, directory):
+        self.directory, self.number, self.process = directory, 0, None
+
+    def launch(self):
+        self.directory.mkdir(exist_ok=True)
+        for path in self.directory.iterdir():
+            path.unlink()
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "tests" / "two_ranks.py"]
+        command = [sys.executable, "-m", *launcher, self.directory]
+        self.number, self.process = 0, subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
+
+    def main(self, *flags, cwd=ROOT, stop=None):
+        """train_gpt2.main(flags) on two ranks; stop: the step, counted from 1, in which rank 1 gets a SIGTERM.
+        Returns what both print."""
+        if not self.process or self.process.poll() is not None:
+            self.launch()
+        job = self.directory / f"job_{self.number}.json"
+        answers = [job.with_name(f"{job.stem}_rank{rank}.txt") for rank in (0, 1)]
+        part = job.with_suffix(".part")
+        task = {"flags": [str(flag) for flag in flags], "cwd": str(cwd), "stop": stop, "port": free_port()}
+        part.write_text(json.dumps(task))
+        part.rename(job)
+        deadline = time.monotonic() + 200
+        while not all(answer.exists() for answer in answers) and self.process.poll() is None:
+            assert time.monotonic() < deadline, "the ranks do not answer"
+            time.sleep(0.01)
+        said = "".join(answer.read_text() for answer in answers if answer.exists())
+        assert self.process.poll() is None and "Traceback" not in said, said
+        self.number += 1
+        return said
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory):
+    ranks = TwoRanks(tmp_path_factory.mktemp("two_ranks"))
+    yield ranks
+    if ranks.process:
+        ranks.process.terminate()
+        ranks.process.wait()
 
 
 def main(*flags):

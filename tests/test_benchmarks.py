@@ -34,6 +34,7 @@ def test_every_rung_of_the_ladder_has_the_same_loss(run):
     assert losses == pytest.approx([losses[0]] * len(rungs), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_learning_rates_are_compared(run, tmp_path):
     flags = ["--data", ROOT / "input.txt", "--tokenizer", "bytes", "--lrs", 2e-3, "--seeds", 1, "--steps", 10]
     said = run("learning_rate", *flags, "--dtype", "float32", "--out", tmp_path / "chart.png").splitlines()
@@ -44,6 +45,7 @@ def test_learning_rates_are_compared(run, tmp_path):
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_grown_model_is_compared_with_one_from_scratch(run, tmp_path):
     flags = ["--data", ROOT / "input.txt", "--tokenizer", "bytes", "--layers", 1, 2, "--seeds", 1]
     said = run("warm_start", *flags, "--steps", 10, "--out", tmp_path / "chart.png").splitlines()
@@ -54,6 +56,7 @@ def test_a_grown_model_is_compared_with_one_from_scratch(run, tmp_path):
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_hellaswag_guesses_as_the_plain_way_does(run):
     """The benchmark itself compares all guesses."""
     small = "--n_layer 1 --n_embd 24 --items 2 --rounds 1 --scan 100000 --tokenizer bytes".split()
@@ -61,6 +64,7 @@ def test_hellaswag_guesses_as_the_plain_way_does(run):
     assert "float32" in said and "--contamination" in said
 
 
+@pytest.mark.slow
 @needs_bpe
 def test_fineweb_makes_the_shards_of_the_plain_way(run, monkeypatch):
     """The benchmark itself compares all shards."""

@@ -29,28 +29,28 @@ def take(source, n):
     return [source.next_batch() for _ in range(n)]
 
 
-def test_targets_are_inputs_one_token_ahead(shards):
-    x, y = loader(shards).next_batch()
+def test_targets_are_inputs_one_token_ahead(lecture_shards):
+    x, y = loader(lecture_shards).next_batch()
     assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (2, T)
     assert torch.equal(x[:, 1:], y[:, :-1])
 
 
-def test_same_rows_for_any_micro_batch_and_any_number_of_ranks(shards):
+def test_same_rows_for_any_micro_batch_and_any_number_of_ranks(lecture_shards):
     """96 rows, more than two epochs of 41: shard and epoch borders inside."""
-    expected = rows(take(loader(shards, B=1), 96))
+    expected = rows(take(loader(lecture_shards, B=1), 96))
     for B, world_size in itertools.product((1, 2, 3, 8), (1, 2, 4)):
-        ranks = [loader(shards, B, rank, world_size) for rank in range(world_size)]
+        ranks = [loader(lecture_shards, B, rank, world_size) for rank in range(world_size)]
         dealt = [rank.next_batch() for _ in range(96 // (B * world_size)) for rank in ranks]
         assert rows(dealt) == expected, (B, world_size)
 
 
-def test_every_row_once_an_epoch_in_a_new_order(shards):
-    source = loader(shards, B=1)
+def test_every_row_once_an_epoch_in_a_new_order(lecture_shards):
+    source = loader(lecture_shards, B=1)
     assert source.rows_per_epoch == 20 + 12 + 9
     first, second = rows(take(source, 41)), rows(take(source, 41))
     assert first != second
-    assert first + second == rows(take(loader(shards, B=1), 82))  # reproducibly
-    assert first != rows(take(loader(shards, B=1, seed=8), 41))
+    assert first + second == rows(take(loader(lecture_shards, B=1), 82))  # reproducibly
+    assert first != rows(take(loader(lecture_shards, B=1, seed=8), 41))
 
 
 def shuffled(tokens, seed):
@@ -62,7 +62,7 @@ def shuffled(tokens, seed):
 
 def test_shuffling_permutes_whole_documents():
     """All tokens of a shard are read once, and each document stays in one piece."""
-    tokens = make_tokens(5000, 3)
+    tokens = make_tokens(5000, 3, EOT)
     tokens[:3] = 5  # the end of a document that began in the shard before
     after = shuffled(tokens, 0)
     assert sorted(after) == sorted(tokens)
@@ -77,7 +77,7 @@ def test_shuffling_permutes_whole_documents():
 
 
 def test_a_row_of_any_length_is_a_slice_of_the_order():
-    tokens = make_tokens(3000, 4)
+    tokens = make_tokens(3000, 4, EOT)
     whole = shuffled(tokens, 1)
     for length in (1, 7, 40, 400, 2999):  # shorter than a document, longer than many
         x, y = DataLoaderLite({"a": tokens}, 2999 // length, length, seed=1, shuffle=True).next_batch()
@@ -85,25 +85,25 @@ def test_a_row_of_any_length_is_a_slice_of_the_order():
         assert np.array_equal(x.flatten(), whole[:count]) and np.array_equal(y.flatten(), whole[1 : count + 1])
 
 
-def test_without_shuffling_the_order_is_the_lectures(shards):
-    source = loader(shards, B=1, shuffle=False)
+def test_without_shuffling_the_order_is_the_lectures(lecture_shards):
+    source = loader(lecture_shards, B=1, shuffle=False)
     expected = []
-    for path in sorted(shards.glob("*train*")):
+    for path in sorted(lecture_shards.glob("*train*")):
         tokens = np.load(path).tolist()
         expected += [tuple(tokens[i : i + T + 1]) for i in range(0, len(tokens) - T, T)]
     assert rows(take(source, 82)) == expected * 2
 
 
-def test_seek_needs_no_replay(shards):
-    expected = rows(take(loader(shards, B=1), 100))
+def test_seek_needs_no_replay(lecture_shards):
+    expected = rows(take(loader(lecture_shards, B=1), 100))
     for row in (0, 30, 41, 77):
-        source = loader(shards, B=4, rank=1, world_size=2)
+        source = loader(lecture_shards, B=4, rank=1, world_size=2)
         source.seek(row)
         assert rows(take(source, 1)) == expected[row + 4 : row + 8]
 
 
 def test_one_shard_and_steps_longer_than_an_epoch(tmp_path):
-    array = make_tokens(100, 5)
+    array = make_tokens(100, 5, EOT)
     source = DataLoaderLite({"a": array}, 20, T, seed=1, shuffle=True)  # 6 rows an epoch
     batch = rows(take(source, 1))
     assert len(batch) == 20 and len(set(batch)) > 6
@@ -123,11 +123,11 @@ def test_text_file_splits_and_documents(tmp_path):
 def test_shards_of_llm_c_train(tmp_path):
     """.bin files: 256 int32 of header, then the tokens. The rows are those of .npy files."""
     for name, seed in ("train", 1), ("val", 2):
-        tokens, header = make_tokens(300, seed), np.zeros(256, dtype=np.int32)
+        tokens, header = make_tokens(300, seed, EOT), np.zeros(256, dtype=np.int32)
         header[:3] = 20240520, 1, 300
         (tmp_path / f"fineweb_{name}_000001.bin").write_bytes(header.tobytes() + tokens.tobytes())
     x, _ = loader(tmp_path, B=18, shuffle=False).next_batch()
-    assert x.flatten().tolist() == make_tokens(300, 1)[: 18 * T].tolist()
+    assert x.flatten().tolist() == make_tokens(300, 1, EOT)[: 18 * T].tolist()
 
 
 def test_the_shuffled_order_is_pinned():
@@ -147,28 +147,29 @@ def test_the_shuffled_order_is_pinned():
         (np.zeros(16, dtype=np.uint16), "has 16 tokens"),
     ],
 )
-def test_bad_shards_are_named_at_once(shards, array, message):
-    np.save(shards / "edufineweb_train_000009.npy", array)
+def test_bad_shards_are_named_at_once(lecture_shards, array, message):
+    np.save(lecture_shards / "edufineweb_train_000009.npy", array)
     with pytest.raises(UserError, match=message) as e:
-        loader(shards)
+        loader(lecture_shards)
     assert "edufineweb_train_000009.npy" in str(e.value)
 
 
-def test_truncated_shard_is_named(shards):
-    path = shards / "edufineweb_train_000002.npy"
+def test_truncated_shard_is_named(lecture_shards):
+    path = lecture_shards / "edufineweb_train_000002.npy"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match="000002.npy can't be read"):
-        loader(shards)
+        loader(lecture_shards)
 
 
-def test_ids_beyond_the_vocabulary_are_named(shards):
-    tokens = make_tokens(200, 1)
+def test_ids_beyond_the_vocabulary_are_named(lecture_shards):
+    tokens = make_tokens(200, 1, EOT)
     tokens[100] = 50257
-    np.save(shards / "edufineweb_train_000002.npy", tokens)
+    np.save(lecture_shards / "edufineweb_train_000002.npy", tokens)
     with pytest.raises(UserError, match="000002.npy has token 50257"):
-        take(loader(shards), 41)
+        take(loader(lecture_shards), 41)
 
 
+@pytest.mark.slow
 def test_memory_stays_at_about_two_shards(tmp_path):
     """Four shards of 40 MB, read across every border. Mapped files count here, which the system may drop."""
     n = 20_000_000

@@ -195,6 +195,7 @@ def test_main_can_be_called_again_in_one_process(tmp_path):
 # Stops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_at_random_moments_it_goes_on_to_the_same_bytes(corpus, whole, tmp_path, how):
     """What meta.json lists is never touched again, and no part of a shard has the name of a shard."""
@@ -472,6 +473,7 @@ def test_what_is_no_byte_level_bpe_is_refused(own, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @needs_bpe
 def test_gpt2_for_hugging_face_has_the_merges_of_the_release_and_the_ids_of_tiktoken():
     bpe = fineweb.to_hugging_face(get_tokenizer())
@@ -516,6 +518,7 @@ def test_records_without_text_are_left_out_and_counted(tmp_path, capsys):
     assert "421 records without text left out" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_data_set_through_datasets(tmp_path):
     """A folder that `datasets` opens as it opens a data set of the hub."""
     texts, env = make_texts(60, seed=3), {"HF_HOME": str(tmp_path / "hf")}
@@ -642,6 +645,7 @@ def test_files_that_changed_since_are_refused(tmp_path):
     assert "no meta.json" in refused(*flags)
 
 
+@pytest.mark.slow
 def test_no_write_permission(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "out").mkdir(mode=0o555)
@@ -676,11 +680,11 @@ def write_bin(path, tokens, magic=20240520, version=1, n=None):
     path.write_bytes(header.tobytes() + tokens.tobytes())
 
 
-def test_shards_of_gpt2_need_no_meta_json(shards):
-    data = find_shards(shards)
+def test_shards_of_gpt2_need_no_meta_json(lecture_shards):
+    data = find_shards(lecture_shards)
     assert [path.name for path in data.train.values()] == [f"edufineweb_train_{i:06d}.npy" for i in (1, 2, 3)]
     for i, (path, n) in enumerate(zip([*data.val.values(), *data.train.values()], (170, 325, 200, 150))):
-        assert np.array_equal(open_shard(path), make_tokens(n, i))
+        assert np.array_equal(open_shard(path), make_tokens(n, i, 50256))
     assert data[2:] == ("gpt2", 50257, 50256, None)
 
 

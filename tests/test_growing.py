@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, environment, load, main, read_log, start, succeed
+from conftest import ROOT, TINY, environment, load, main, read_log, start
 from test_model import shape_of
 
 import fineweb
@@ -17,10 +17,6 @@ from fineweb import UserError, get_tokenizer
 from train_gpt2 import GPT, GPTConfig, grow
 
 RUN = [*TINY, "--max_steps", 20, "--val_every", 5, "--val_tokens", 150]
-
-
-def close(a, b, atol):
-    return a.keys() == b.keys() and all(abs(a[step] - b[step]) <= atol for step in a)
 
 
 def test_layers_of_a_grown_model_are_those_of_the_recipe(capsys):
@@ -44,6 +40,7 @@ def test_presets_of_the_recipe_have_their_sizes():
             assert round(sum(w.numel() for w in model.parameters()) / 1e6) == millions
 
 
+@pytest.mark.slow
 def test_growing_a_trained_model_keeps_what_it_learned(tmp_path, capsys):
     """Some seconds of training, then a loss well below chance, and not far above the small model's."""
     flags = ["--data", ROOT / "input.txt", "--device", "cpu", "--sample_every", 0, "--val_tokens", 2048, "--B", 8]
@@ -59,27 +56,24 @@ def test_growing_a_trained_model_keeps_what_it_learned(tmp_path, capsys):
             main(*flags[:-2], *more, *wrong, "--max_steps", 0)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_sharded_optimizer_is_the_same_optimizer(shards, tmp_path, optimizer):
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer, atol", [("adamw", 1e-5), ("muon", 1e-3)])
+def test_sharded_optimizer_is_the_same_optimizer(shards, tmp_path, two_ranks, optimizer, atol):
     """Losses as without; its checkpoint serves any number of ranks, with the flag or without."""
     flags = ["--data", shards, *RUN, "--optimizer", optimizer, "--checkpoint_every", 10, "--log_dir"]
     main(*flags, tmp_path / "plain")
-    succeed(*flags, tmp_path / "zero", "--zero", ranks=2)
-    plain, atol = read_log(tmp_path / "plain"), 1e-5 if optimizer == "adamw" else 1e-3
-    assert close(plain, read_log(tmp_path / "zero"), atol)
+    two_ranks.main(*flags, tmp_path / "zero", "--zero")
+    plain = read_log(tmp_path / "plain")
+    assert read_log(tmp_path / "zero") == pytest.approx(plain, abs=atol)
     for ours, theirs in zip(*(load(tmp_path / name / "latest.pt")["optimizers"] for name in ("plain", "zero"))):
         assert ours["state"].keys() == theirs["state"].keys() and all(s for s in theirs["state"].values())
-    for ranks, flag, until in (1, "--no-zero", "step    12 | loss"), (2, "--zero", "step    14 | loss"):
-        other = tmp_path / f"{ranks}"
-        process = start(*flags, other, "--zero" if ranks == 1 else "--no-zero", until=until, ranks=2)
-        process.terminate()
-        process.communicate()
-        assert 12 < load(other / "latest.pt")["step"] < 20
-        if ranks == 1:
-            main("--resume", "--log_dir", other, flag)
-        else:
-            succeed("--resume", "--log_dir", other, flag, ranks=ranks)
-        assert close(plain, read_log(other), atol)
+    two_ranks.main(*flags, tmp_path / "1", "--zero", stop=13)
+    two_ranks.main(*flags, tmp_path / "2", "--no-zero", stop=15)
+    assert [load(tmp_path / name / "latest.pt")["step"] for name in ("1", "2")] == [13, 15]
+    main("--resume", "--log_dir", tmp_path / "1", "--no-zero")
+    two_ranks.main("--resume", "--log_dir", tmp_path / "2", "--zero")
+    for name in "1", "2":
+        assert read_log(tmp_path / name) == pytest.approx(plain, abs=atol)
 
 
 COUNT = """
@@ -109,6 +103,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_each_rank_keeps_its_share_of_the_state(tmp_path):
     """Half of AdamW's two moments on each of two ranks, to within the largest tensor; after loading too."""
     (tmp_path / "count.py").write_text(COUNT)
@@ -191,6 +186,7 @@ def harness(model, directory, monkeypatch):
     return results["results"]
 
 
+@pytest.mark.slow
 def test_the_recipe_from_documents_to_the_harness(corpora, tmp_path, monkeypatch, capsys):
     """A mixture, 3 layers, 4 layers with dropout and --zero, kill, resume at a lower rate, export."""
     tokens, log_dir, grown = tmp_path / "tokens", tmp_path / "small", tmp_path / "grown"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, free_port, needs_bpe, read_log, succeed
+from conftest import ROOT, TINY, free_port, needs_bpe, read_log
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fineweb
@@ -196,14 +196,15 @@ def test_the_command_takes_a_checkpoint_and_another_tokenizer(items_file, tmp_pa
 # In the training loop
 
 
-def test_one_rank_and_two_count_the_same(hf, items_file, play, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_one_rank_and_two_count_the_same(hf, items_file, play, tmp_path, two_ranks, monkeypatch):
     items = load(items_file)
     guesses = lowest(independent_losses(hf[0], items_file))
     publish(items_file, tmp_path)
     monkeypatch.chdir(tmp_path)
     flags = [*play, "--n_embd", 32, "--init_from", hf[1], "--hellaswag_every", 1, "--max_steps", 1]
     train(*flags, "--log_dir", "log1")
-    succeed(*flags, "--log_dir", "log2", ranks=2, cwd=tmp_path)
+    two_ranks.main(*flags, "--log_dir", "log2", cwd=tmp_path)
     first, second = read_log("log1", "hella"), read_log("log2", "hella")
     assert first == second and list(first) == [0, 1]
     assert first[0] == pytest.approx(sum(guesses[i][1] == items[i][2] for i in range(N)) / N, abs=1e-8)
@@ -219,25 +220,27 @@ def test_a_model_with_a_short_context_judges_cut_items(items_file, play, tmp_pat
     assert list(read_log("log", "hella")) == [0, 1]
 
 
-def test_evaluations_do_not_touch_training_with_compile_and_two_ranks(items_file, play, tmp_path):
+@pytest.mark.slow
+def test_evaluations_do_not_touch_training_with_compile_and_two_ranks(items_file, play, tmp_path, two_ranks):
     publish(items_file, tmp_path)
     flags = [*play, "--n_layer", 1, "--compile", "--dropout", 0.1, "--max_steps", 5]
     for every in 0, 2:
         often = [word for name in ("val", "hellaswag", "sample") for word in (f"--{name}_every", every)]
-        done = succeed(*flags, *often, "--log_dir", tmp_path / f"log{every}", ranks=2, cwd=tmp_path)
-    assert all(f"rank {rank} sample" in done.stdout for rank in (0, 1))
+        said = two_ranks.main(*flags, *often, "--log_dir", tmp_path / f"log{every}", cwd=tmp_path)
+    assert all(f"rank {rank} sample" in said for rank in (0, 1))
     for stream in "val", "hella":
         assert list(read_log(tmp_path / "log2", stream)) == [0, 2, 4, 5]
         assert read_log(tmp_path / "log0", stream) == {}
     assert read_log(tmp_path / "log2") == read_log(tmp_path / "log0")
 
 
-def test_training_goes_on_without_the_file(play, tmp_path):
+@pytest.mark.slow
+def test_training_goes_on_without_the_file(play, tmp_path, two_ranks):
     """A warning, once. (The file that is there is broken: what a missing one does depends on the network.)"""
     (tmp_path / "hellaswag").mkdir()
     (tmp_path / "hellaswag" / "hellaswag_val.jsonl").write_text('{"ctx": "cut o')
-    done = succeed(*play, "--max_steps", 2, "--hellaswag_every", 1, ranks=2, cwd=tmp_path)
-    assert done.stdout.count("warning:") == 1 and "line 1" in done.stdout
+    said = two_ranks.main(*play, "--max_steps", 2, "--hellaswag_every", 1, cwd=tmp_path)
+    assert said.count("warning:") == 1 and "line 1" in said
     assert read_log(tmp_path / "log", "hella") == {} and len(read_log(tmp_path / "log")) == 2
 
 

@@ -165,6 +165,7 @@ def test_no_token_sees_the_future():
     assert torch.equal(a[:, :20], b[:, :20]) and not torch.equal(a[:, 20:], b[:, 20:])
 
 
+@pytest.mark.slow
 def test_overfits_one_batch():
     """The lecture's check with a smaller model: 4 x 32 tokens, 50 steps, and the loss is nearly 0."""
     torch.manual_seed(1337)
@@ -262,6 +263,7 @@ torch.save({"model": state, "config": config, "step": 7, "val_loss": 3.25}, sys.
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 def test_a_checkpoint_of_the_lecture_loads(tmp_path, prefix):
     """It has a pickled GPTConfig of __main__; with torch.compile its names have a prefix."""

@@ -26,6 +26,7 @@ def execute(directory, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_without_a_log(tmp_path, monkeypatch):
     said = execute(tmp_path, monkeypatch)
     assert said.count("hub can't be reached") == 1 and "log_play/model_00030.pt" in said
@@ -33,6 +34,7 @@ def test_without_a_log(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_with_a_run_and_the_lectures_log(shards, tmp_path, monkeypatch):
     """The lecture's script writes no config.json, and only the streams train, val and hella."""
     flags = ["--data", shards, *TINY, "--max_steps", 30, "--val_every", 10, "--log_dir", tmp_path / "log"]
