@@ -1,5 +1,6 @@
 """What the tests share: tiny shards, tiny models, and the script started as a person would."""
 
+import contextlib
 import json
 import os
 import signal
@@ -147,6 +148,22 @@ def two_ranks(tmp_path_factory):
 def main(*flags):
     """The command in this process."""
     train_gpt2.main([str(flag) for flag in flags])
+
+
+@contextlib.contextmanager
+def interrupt(name, call, number):
+    """Send a signal to this process within the call-th call of a function of train_gpt2."""
+    function, calls = getattr(train_gpt2, name), []
+
+    def interrupted(*args):
+        calls.append(name)
+        if len(calls) == call + 1:
+            os.kill(os.getpid(), number)
+        return function(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt2, name, interrupted)
+        yield
 
 
 def read_log(log_dir, stream="train"):

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, needs_bpe
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -123,17 +125,21 @@ def test_decayed_parameters_are_those_of_the_lecture(capsys):
     assert "124,354,560" in capsys.readouterr().out
 
 
-def test_initialisation():
-    model = GPT(GPTConfig(block_size=64, n_layer=8, n_head=4, n_embd=128))
-    state = model.state_dict()
+def test_every_tensor_begins_as_in_the_release():
+    """Normal, 0.02, on what is added to the residual stream 0.02 / sqrt(2 * 8 layers) = 0.005; biases 0, norms 1."""
+    model = GPT(GPTConfig(block_size=256, vocab_size=512, n_layer=8, n_head=4, n_embd=128))
     assert model.lm_head.weight is model.transformer.wte.weight
-    for name, std in ("wte", 0.02), ("wpe", 0.02), ("h.3.attn.c_attn", 0.02), ("h.3.mlp.c_fc", 0.02):
-        assert state[f"transformer.{name}.weight"].std().item() == pytest.approx(std, rel=0.03)
-    for name in "attn.c_proj", "mlp.c_proj":
-        assert state[f"transformer.h.5.{name}.weight"].std().item() == pytest.approx(0.005, rel=0.03)  # 0.02 / sqrt(16)
-        assert not state[f"transformer.h.5.{name}.bias"].any()
-    _, loss = model(torch.randint(50257, (4, 64)), torch.randint(50257, (4, 64)))
-    assert loss.item() == pytest.approx(math.log(50257), abs=0.1)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif ".ln_" in name:
+            assert (p == 1).all(), name
+        else:
+            std = 0.005 if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.03), name
+            assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel()), name
+    _, loss = model(torch.randint(512, (4, 64)), torch.randint(512, (4, 64)))
+    assert loss.item() == pytest.approx(math.log(512), abs=0.1)
 
 
 def test_residual_stream_does_not_grow_with_depth():
@@ -196,11 +202,64 @@ def test_generate_samples_the_top_k_and_never_padding():
     assert torch.equal(greedy, likeliest[:, 0])
 
 
+@pytest.mark.parametrize("temperature, top_k", [(1.0, 8), (0.5, 8), (2.0, 3)])
+def test_draws_have_the_distribution_of_the_softmax(temperature, top_k):
+    """10,000 draws; chi-square with 7 or 2 degrees of freedom, which chance alone makes that large once in 10,000."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(4, 8, 1, 1, 8)).eval()
+    torch.nn.init.normal_(model.transformer.wte.weight, std=0.5)
+    idx = torch.tensor([[3]])
+    logits = model(idx)[0][0, -1].detach().double().numpy() / temperature
+    logits[np.argsort(logits)[:-top_k]] = -np.inf
+    expected = 10_000 * np.exp(logits) / np.exp(logits).sum()
+    options = {"top_k": top_k, "generator": torch.Generator().manual_seed(0), "temperature": temperature}
+    draws = np.bincount(model.generate(idx.expand(10_000, -1), 1, **options)[:, -1], minlength=8)
+    likely = expected > 0
+    assert not draws[~likely].any() and likely.sum() == top_k
+    assert ((draws - expected)[likely] ** 2 / expected[likely]).sum() < {8: 29.9, 3: 18.4}[top_k]
+
+
+def test_generate_sees_the_last_block_size_tokens():
+    torch.manual_seed(0)
+    model, idx = GPT(SMALL), torch.randint(50257, (1, 50))
+    torch.nn.init.normal_(model.transformer.wpe.weight)  # so that the position of a token matters
+    assert torch.equal(model.generate(idx, 9, top_k=1)[:, 50:], model.generate(idx[:, -32:], 9, top_k=1)[:, 32:])
+    with pytest.raises(ValueError, match="sequence of 50 tokens, but block_size is 32"):
+        model(idx)
+
+
 def test_generate_leaves_mode_and_global_randomness_alone():
     model = GPT(SMALL).train()
     before = torch.get_rng_state()
     model.generate(torch.zeros(1, 1, dtype=torch.int64), 5, generator=torch.Generator().manual_seed(42))
     assert model.training and torch.equal(torch.get_rng_state(), before)
+
+
+def test_dropout_on_attention_weights_and_on_each_branch_and_nowhere_else(monkeypatch):
+    torch.manual_seed(0)
+    model, x = GPT(GPTConfig(64, 64, 1, 2, 64, dropout=0.3)), torch.randn(2, 64, 64)
+    block = model.transformer.h[0]
+    for module in block.attn, block.mlp:
+        assert (module(x) == 0).float().mean().item() == pytest.approx(0.3, abs=0.03)
+        assert not (module.eval()(x) == 0).any()
+        module.train()
+    # Without the dropout of the branches, attention is still random, by its weights; and nothing else is.
+    monkeypatch.setattr(F, "dropout", lambda x, p, training: x)
+    assert not torch.equal(block.attn(x), block.attn(x)) and torch.equal(block.mlp(x), block.mlp(x))
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv, dropout_p, **options: attention(*qkv, **options))
+    idx = torch.randint(64, (2, 64))
+    assert torch.equal(model(idx)[0], model(idx)[0])
+
+
+def test_dropout_keeps_the_mean():
+    torch.manual_seed(0)
+    model, x = GPT(GPTConfig(16, 64, 1, 2, 16, dropout=0.2)), torch.randn(1, 16, 16)
+    block = model.transformer.h[0]
+    for module in block.attn, block.mlp:
+        torch.nn.init.normal_(module.c_proj.weight, std=0.3)
+        many = module(x.expand(20_000, -1, -1)).mean(dim=0)
+        torch.testing.assert_close(many, module.eval()(x)[0], atol=0.02, rtol=0)
 
 
 def test_dropout_in_training_only():
@@ -209,12 +268,6 @@ def test_dropout_in_training_only():
     idx = torch.randint(300, (2, 32))
     assert not torch.equal(model(idx)[0], model(idx)[0])
     model.eval()
-    assert torch.equal(model(idx)[0], model(idx)[0])
-    # Embeddings are never dropped: with the branches silent nothing random is left.
-    model.train()
-    for block in model.transformer.h:
-        for module in block.attn, block.mlp:
-            torch.nn.init.zeros_(module.c_proj.weight)
     assert torch.equal(model(idx)[0], model(idx)[0])
 
 

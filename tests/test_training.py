@@ -1,6 +1,5 @@
 """The training script: ranks, resume, kill, signals, compile, logs and checkpoints."""
 
-import contextlib
 import json
 import math
 import os
@@ -9,15 +8,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, environment, free_port, load, main, read_log, start, succeed, train
+from conftest import ROOT, TINY, environment, free_port, interrupt, load, main, read_log, start, succeed, train
 
 import hellaswag
 import train_gpt2
-from train_gpt2 import GPT, UserError
+from train_gpt2 import GPT, GPTConfig, UserError
 
 RUN = [*TINY, "--max_steps", "20", "--val_every", "5", "--val_tokens", "150"]  # 20 steps of 8 rows: four epochs of 41
 
@@ -112,22 +112,6 @@ def test_a_signal_finishes_the_step_saves_and_resumes_exactly(reference, tmp_pat
     main("--log_dir", tmp_path / "stopped", "--resume")
     assert (tmp_path / "stopped" / "log.txt").read_text() == (whole / "log.txt").read_text()
     assert same_weights(whole / "latest.pt", tmp_path / "stopped" / "latest.pt")
-
-
-@contextlib.contextmanager
-def interrupt(name, call, number):
-    """Send a signal to this process within the call-th call of a function of train_gpt2."""
-    function, calls = getattr(train_gpt2, name), []
-
-    def interrupted(*args):
-        calls.append(name)
-        if len(calls) == call + 1:
-            os.kill(os.getpid(), number)
-        return function(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt2, name, interrupted)
-        yield
 
 
 def test_a_signal_ends_validation_early_and_resumes_exactly(reference, tmp_path, monkeypatch):
@@ -327,8 +311,78 @@ def test_one_line_a_step_and_samples(shards, tmp_path, capsys):
     assert out.count("sample 4: Hello, I'm a language model,") == 2  # steps 2 and 3, the last
 
 
-def test_validation_is_the_mean_over_the_promised_tokens(shards, tmp_path):
-    main("--data", shards, *RUN, "--max_steps", 2, "--log_dir", tmp_path / "log")
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes only within a training step, 2 seconds, and a validation, 6 seconds."""
+    now = [0.0]
+    monkeypatch.setattr(train_gpt2, "time", SimpleNamespace(time=lambda: now[0]))
+    for name, seconds in ("training_step", 2), ("validate", 6):
+
+        def timed(*args, function=getattr(train_gpt2, name), seconds=seconds):
+            now[0] += seconds
+            return function(*args)
+
+        monkeypatch.setattr(train_gpt2, name, timed)
+
+
+def test_time_of_a_step_tokens_a_second_and_time_left(shards, tmp_path, capsys, clock):
+    """128 tokens in 2 seconds. Time left counts evaluations: 6 + 2 seconds for the first of 4 steps, so 8 for each to come."""
+    main("--data", shards, *TINY, "--max_steps", 4, "--val_every", 3, "--log_dir", tmp_path / "log")
+    lines = [line.split(" | ")[-3:] for line in capsys.readouterr().out.splitlines() if "| loss" in line]
+    assert lines[0] == ["2000 ms", "64 tok/s", "eta 0:00:24"]
+    assert lines[1] == ["2000 ms", "64 tok/s", "eta 0:00:10"]  # 10 seconds for 2 steps, 2 to come
+    assert lines[3] == ["2000 ms", "64 tok/s", "eta 0:00:00"]
+
+
+@pytest.mark.parametrize(
+    "name, peak", [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H200", 989e12)]
+)
+def test_share_of_the_peak(monkeypatch, name, peak):
+    """GPT-2 124M by hand: 6 FLOPs for each of 123,653,376 weights, 12 * 12 layers * 768 * 1024 for attention."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(train_gpt2, "WORLD_SIZE", 8)
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    args = SimpleNamespace(device="cuda", total_batch_size=2**19, T=1024)
+    said = train_gpt2.describe_speed(args, model, 0.25, 7384.4)
+    flops = 6 * 123_653_376 + 113_246_208
+    assert said == f"250 ms | 2,097,152 tok/s | mfu {flops * 2**19 / 0.25 / (8 * peak):.1%} | eta 2:03:04"
+
+
+def test_no_share_of_a_peak_that_is_not_known(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card of tomorrow")
+    args = SimpleNamespace(device="cuda", total_batch_size=1000, T=8)
+    assert "mfu" not in train_gpt2.describe_speed(args, GPT(GPTConfig(8, 16, 1, 1, 8)), 0.5, 0)
+
+
+@pytest.fixture
+def two_letters(tmp_path):
+    """A checkpoint of a model that writes an `a` with odds of e**2 to 1 against a `b`, and nothing else."""
+    model = GPT(GPTConfig(64, 257, 1, 1, 16, tokenizer="bytes"))
+    for p in model.parameters():
+        torch.nn.init.zeros_(p)
+    with torch.no_grad():  # the final hidden state is all ones, whatever the text
+        model.transformer.ln_f.bias.fill_(1)
+        model.transformer.wte.weight[97], model.transformer.wte.weight[98] = 32 / 16, 30 / 16
+    torch.save({"model": model.state_dict(), "config": vars(model.config)}, tmp_path / "letters.pt")
+    return tmp_path / "letters.pt"
+
+
+@pytest.mark.parametrize("temperature, share", [(1.0, 0.881), (0.5, 0.982), (4.0, 0.622)])  # e**(2/t) / (1 + e**(2/t))
+def test_what_the_flags_of_samples_do(two_letters, capsys, temperature, share):
+    flags = "--max_steps 0 --prompt AB --num_samples 40 --max_new_tokens 50 --top_k 2 --device cpu --val_every 0 --sample_every 1"
+    main("--data", ROOT / "input.txt", "--init_from", two_letters, *flags.split(), "--temperature", temperature, "--T", 64)
+    lines = re.findall(r"rank 0 sample (\d+): (.*)", capsys.readouterr().out)
+    assert [int(number) for number, _ in lines] == list(range(40))
+    texts = [text.removeprefix("AB") for _, text in lines]
+    assert {len(text) for text in texts} == {50} and {*"".join(texts)} <= {"a", "b"}
+    assert "".join(texts).count("a") / 2000 == pytest.approx(share, abs=0.025)
+    main("--data", ROOT / "input.txt", "--init_from", two_letters, *flags.split(), "--top_k", 1, "--T", 64)
+    assert capsys.readouterr().out.count("AB" + "a" * 50) == 40
+
+
+def test_validation_is_the_mean_over_the_promised_tokens_without_dropout(shards, tmp_path):
+    main("--data", shards, *RUN, "--max_steps", 2, "--dropout", 0.3, "--log_dir", tmp_path / "log")
     model = GPT.from_checkpoint(tmp_path / "log" / "model_00002.pt").eval()
     tokens = torch.from_numpy(np.load(shards / "edufineweb_val_000000.npy").astype(np.int64))
     rows = 150 // 16
