@@ -95,6 +95,17 @@ def test_variants_of_gpt2_are_refused_by_their_field(tmp_path, field, value):
         GPT.from_pretrained(tmp_path)
 
 
+def test_a_directory_without_one_of_the_weights_is_refused(hf):
+    """transformers would fill it with random numbers."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(hf[1] / "model.safetensors")
+    del weights["transformer.h.1.mlp.c_fc.bias"]
+    save_file(weights, hf[1] / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="transformer.h.1.mlp.c_fc.bias is missing"):
+        GPT.from_pretrained(hf[1])
+
+
 def test_another_architecture_is_refused(tmp_path):
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
@@ -162,6 +173,15 @@ def _stream(model, idx):
         yield x
 
 
+def test_the_mlp_has_the_tanh_approximation_of_gelu():
+    """With weights of one: 4 * 16 hidden units of gelu(3), which is 2.9964 by the formula with tanh, exactly 2.9960."""
+    mlp = GPT(GPTConfig(8, 16, 1, 1, 16)).transformer.h[0].mlp
+    for layer in mlp.c_fc, mlp.c_proj:
+        torch.nn.init.ones_(layer.weight)
+    hidden = 0.5 * 3 * (1 + math.tanh(math.sqrt(2 / math.pi) * (3 + 0.044715 * 3**3)))
+    torch.testing.assert_close(mlp(torch.full((1, 16), 3 / 16)), torch.full((1, 16), 64 * hidden), rtol=1e-5, atol=0)
+
+
 def test_no_token_sees_the_future():
     model = GPT(SMALL).eval()
     idx = torch.randint(50257, (1, 32))
@@ -222,17 +242,21 @@ def test_draws_have_the_distribution_of_the_softmax(temperature, top_k):
 def test_generate_sees_the_last_block_size_tokens():
     torch.manual_seed(0)
     model, idx = GPT(SMALL), torch.randint(50257, (1, 50))
-    torch.nn.init.normal_(model.transformer.wpe.weight)  # so that the position of a token matters
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)  # so that every token and its position matter
     assert torch.equal(model.generate(idx, 9, top_k=1)[:, 50:], model.generate(idx[:, -32:], 9, top_k=1)[:, 32:])
-    with pytest.raises(ValueError, match="sequence of 50 tokens, but block_size is 32"):
-        model(idx)
+    with pytest.raises(ValueError, match="sequence of 33 tokens, but block_size is 32"):
+        model(idx[:, :33])
 
 
-def test_generate_leaves_mode_and_global_randomness_alone():
-    model = GPT(SMALL).train()
+@pytest.mark.parametrize("training", [True, False])
+def test_generate_leaves_mode_and_global_randomness_alone(training):
+    """It samples without dropout also from a model in training mode; a top_k above the vocabulary is all of it."""
+    model, idx = GPT(GPTConfig(8, 16, 1, 2, 16, dropout=0.5)).train(training), torch.zeros(1, 1, dtype=torch.int64)
     before = torch.get_rng_state()
-    model.generate(torch.zeros(1, 1, dtype=torch.int64), 5, generator=torch.Generator().manual_seed(42))
-    assert model.training and torch.equal(torch.get_rng_state(), before)
+    draws = [model.generate(idx, 20, 1000, torch.Generator().manual_seed(42)) for _ in range(2)]
+    assert torch.equal(*draws) and model.training == training
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_dropout_on_attention_weights_and_on_each_branch_and_nowhere_else(monkeypatch):
@@ -278,6 +302,7 @@ def test_bfloat16_autocast_keeps_the_loss():
     with torch.autocast("cpu", torch.bfloat16):
         _, loss = model(idx[:, :-1], idx[:, 1:])
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), abs=2e-3)
+    assert model.bfloat16()(idx[:, :-1], idx[:, 1:])[1].dtype == torch.float32
 
 
 def test_learning_rate_at_the_steps_that_matter():
