@@ -20,6 +20,7 @@ Notable choices:
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import heapq
 import json
@@ -97,12 +98,21 @@ def readable(path, mend):
     """Every file from outside is read in this context. Whatever a missing, damaged or foreign file raises
     becomes a UserError that names the file and ends with `mend`, what the person can do."""
     try:
+        if Path(path).is_char_device():
+            raise ValueError("a device has no end")
         yield
     except UserError:
         raise
     except Exception as e:
         reason = getattr(e, "strerror", None) or f"{type(e).__name__}: {e}".splitlines()[0]
         raise UserError(f"{path} can't be read ({reason}): {mend}") from None
+
+
+def nonempty(text):
+    """The type of flags with a name or a text. An empty one is most often a shell variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give it a value, or leave it out")
+    return text
 
 
 @contextlib.contextmanager
@@ -117,7 +127,9 @@ def warn_only(what):
 
 @contextlib.contextmanager
 def locked(directory):
-    """Lock a directory, so that two runs never write to one. The lock ends with the process at the latest."""
+    """Make and lock a directory, so that two runs never write to one. The lock ends with the process."""
+    with readable(directory, "choose another directory"):
+        Path(directory).mkdir(parents=True, exist_ok=True)
     if not fcntl:
         yield
         return
@@ -267,6 +279,21 @@ def open_shard(shard):
     return np.asarray(tokens)
 
 
+def read_meta(file, mend):
+    """The description of shards that write_shards has written. UserError if its values can't be right."""
+    with readable(file, mend):
+        meta = json.loads(file.read_text())
+        entries = meta["shards"].values()
+        numbers = [entry[key] for entry in entries for key in ("tokens", "documents", "bytes")]
+        for batch, used in (entry["end"] for entry in entries):
+            numbers += batch, used
+        if not all(type(n) is int and n >= 0 for n in (*numbers, meta["eot"], meta["vocab_size"])):
+            raise ValueError("a number in it is none, or negative")
+        if type(meta["tokenizer"]) is not str or not meta["eot"] < meta["vocab_size"] <= 2**16:
+            raise ValueError("it describes no tokenizer of up to 65,536 tokens")
+        return meta
+
+
 def find_shards(directory):
     """The .npy and .bin files of a directory with the word "train" or "val" in their names. meta.json, which
     this script writes beside them, says what their tokens are; without it they are GPT-2's."""
@@ -280,7 +307,7 @@ def find_shards(directory):
     if not file.exists():
         return Data(**splits)
     with readable(file, "make the shards again with fineweb.py"):
-        meta = json.loads(file.read_text())
+        meta = read_meta(file, "make the shards again with fineweb.py")
         for path in (splits["train"] | splits["val"]).values():
             entry = meta["shards"].get(path.name)
             if entry is None or entry["tokens"] != len(open_shard(path)):
@@ -430,7 +457,7 @@ def open_meta(out, settings):
     file, meta = out / "meta.json", {"shards": {}}
     if file.exists():
         with readable(file, "give another --out"):
-            meta = json.loads(file.read_text())
+            meta = read_meta(file, "give another --out")
             # If a shard is missing, those behind it are written again too.
             shards = dict(takewhile(lambda entry: (out / entry[0]).exists(), meta["shards"].items()))
             meta |= {"complete": meta["complete"] and shards == meta["shards"], "shards": shards}
@@ -488,7 +515,7 @@ def write_shards(out, meta, sources, tokenizer, workers):
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]", allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # leaves the lines of __doc__ as they are
-    flag = parser.add_argument
+    flag = functools.partial(parser.add_argument, type=nonempty)
     flag("--input", nargs="+", metavar="FILE", help=".parquet, .jsonl or .txt (one document); patterns too")
     flag("--mix", nargs="+", metavar="PATTERN:SHARE", help="a share of the documents of each pattern")
     flag("--dataset", help="a data set on the hub (HuggingFaceFW/fineweb-edu)")
@@ -505,6 +532,8 @@ def parse_args(argv):
             args.out = args.out or "edu_fineweb10B"
     if bool(args.input) + bool(args.mix) + bool(args.dataset) > 1:
         parser.error("--input, --mix and --dataset all say what to read: give one of them")
+    if args.config and not args.dataset:
+        parser.error("--config is of a data set: give --dataset too")
     if not args.out:
         parser.error("--out is missing: give a directory for the shards")
     if args.shard_size < 1 or args.workers < 1:
@@ -525,7 +554,6 @@ def main(argv=None):
         "shares": {source.name: source.share for source in sources},
         "files_sha256": hashlib.sha256(json.dumps(stats).encode()).hexdigest(),
     }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         meta = open_meta(out, settings)
         if not meta["complete"]:

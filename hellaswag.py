@@ -19,6 +19,7 @@ Notable choices:
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -35,8 +36,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from fineweb import UserError, complete_file, find_shards, get_tokenizer, open_shard, readable, run
-from fineweb import write_json
+from fineweb import UserError, complete_file, nonempty, readable, run, write_json
+from fineweb import find_shards, get_tokenizer, open_shard
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{}.jsonl"
 
@@ -204,7 +205,7 @@ def contamination(items, paths, tokenizer):
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]", allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # leaves the lines of __doc__ as they are
-    flag = parser.add_argument
+    flag = functools.partial(parser.add_argument, type=nonempty)
     flag("-m", "--model", help="released name, Hugging Face directory or .pt checkpoint")
     flag("-d", "--device", choices=("cpu", "cuda", "mps"), help="(cuda where there is one, else cpu)")
     flag("--dtype", choices=("float32", "bfloat16"), help="(bfloat16 on cuda, else float32)")

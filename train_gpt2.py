@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
-from fineweb import UserError, complete_file, locked, readable, run, warn_only, write_json
+from fineweb import UserError, complete_file, locked, nonempty, readable, run, warn_only, write_json
 from fineweb import find_shards, get_tokenizer, load_text, open_shard, to_hugging_face
 
 # torchrun sets these for each process; without it there is one process.
@@ -254,6 +254,9 @@ class GPT(nn.Module):
         contents of the file, where they have been read already."""
         checkpoint = checkpoint or load_checkpoint(path)
         with readable(path, "give a checkpoint that training wrote"):
+            for name, value in checkpoint["config"].items():
+                if type(value) is not type(getattr(GPTConfig, name)):
+                    raise TypeError(f"its {name} is {value!r:.80}")
             model = cls(GPTConfig(**checkpoint["config"]))
             model.load_state_dict(checkpoint["model"])
         return model.eval()
@@ -345,7 +348,8 @@ def build_parser():
         parser.error = fail
 
     def flag(name, kind, default, help, **options):
-        options |= {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        kinds = {bool: {"action": argparse.BooleanOptionalAction}, str: {"type": nonempty}}
+        options |= kinds.get(kind, {"type": kind})
         help += "" if default is None else f" ({default})"
         parser.add_argument(f"--{name}", default=default, help=help, **options)
 
@@ -399,8 +403,12 @@ def parse_args(argv=None):
     if args.resume:
         path = Path(args.log_dir, "latest.pt")
         latest = load_checkpoint(path)
-        if not {"optimizers", "args", "step"} <= latest.keys():
+        needed = {"optimizers": list, "args": dict, "step": int}
+        if not all(isinstance(latest.get(name), kind) for name, kind in needed.items()) or latest["step"] < 0:
             raise UserError(f"{path} has weights only: begin a new run with them, with --init_from")
+        for name, value in latest["args"].items():
+            if (default := parser.get_default(name)) is not None and type(value) is not type(default):
+                raise UserError(f"{path}: its --{name} is {value!r:.80}: give the flag, or begin a new run")
         parser.set_defaults(**latest["args"] | {"log_dir": args.log_dir, "init_from": str(path)})
     else:
         model = args.model or ("gpt2" if Path(args.data).is_dir() else "tiny")
@@ -410,21 +418,22 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.remembered = vars(args).copy()  # before the defaults that depend on this machine are filled in
 
-    if not args.data or not Path(args.data).exists():
+    if not Path(args.data).exists():
         parser.error(f"--data {args.data!r} does not exist: give a directory of shards or a text file")
-    if not args.prompt:
-        parser.error("--prompt is empty: give a text for samples to continue")
     if latest and latest["step"] > args.max_steps:
         parser.error(f"--max_steps {args.max_steps}: {path} is at step {latest['step']} already")
     positive = (*SHAPE, "B", "T", "total_batch_size", "num_samples", "max_new_tokens", "top_k")
     lowest = dict.fromkeys(positive, 1) | {"val_tokens": args.T, "temperature": 1e-3}
+    highest = dict.fromkeys(SHAPE, 10**5) | {"dropout": 1}
     for name, value in vars(args).items():
-        low, high = lowest.get(name, 0), 1 if name == "dropout" else math.inf
+        low, high = lowest.get(name, 0), highest.get(name, 2**31)
         if type(value) in (int, float) and not low <= value < high:
             parser.error(f"--{name} {value} is out of range: it must be at least {low}, and below {high}")
     args.min_lr = args.max_lr / 10 if args.min_lr is None else args.min_lr
     if args.min_lr > args.max_lr:
         parser.error(f"--min_lr {args.min_lr} is above --max_lr {args.max_lr}: give both")
+    if args.warmup_steps > args.max_steps > 0:
+        print0(f"warning: --warmup_steps {args.warmup_steps}: in {args.max_steps} steps the rate only rises")
     rows, rest = divmod(args.total_batch_size, args.T * WORLD_SIZE)  # the rows of a step on each rank
     if rest:
         unit = f"T * ranks = {args.T * WORLD_SIZE}"
@@ -617,12 +626,14 @@ def collect_states(optimizers, owners):
 
 def restore_states(optimizers, owners, states, path):
     """Give the optimizers the state of a checkpoint. Their hyperparameters stay those of the flags."""
-    for optimizer, state in zip(optimizers, states):
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        with readable(path, "a new run can begin with its weights, by --init_from"):
+    with readable(path, "a new run can begin with its weights, by --init_from"):
+        for optimizer, state in zip(optimizers, states, strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
             for i, entry in state["state"].items():
-                if any(t.dim() and t.shape != params[i].shape for t in entry.values()):
-                    raise ValueError(f"optimizer state {i} does not fit a tensor of {tuple(params[i].shape)}")
+                shape = params[i].shape
+                adamw, muon = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}, {"momentum_buffer": shape}
+                if {name: t.shape for name, t in entry.items()} not in (adamw, muon):
+                    raise ValueError(f"optimizer state {i} does not fit a tensor of {tuple(shape)}")
             own = {i: entry for i, entry in state["state"].items() if owners.get(params[i], RANK) == RANK}
             optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -837,6 +848,18 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
 # Set-up
 
 
+@contextlib.contextmanager
+def enough_memory(args):
+    """Memory that can't be had, on a GPU or for a tensor on the CPU, is an error that says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:  # PyTorch's error of a CPU has no type of its own
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
+            raise
+        mend = f"--B {args.B // 2}, which gives the same curve" if args.B > 1 else "a smaller model, or --T"
+        raise UserError(f"out of memory with --B {args.B}: try {mend}") from None
+
+
 def create_model(args, source, data):
     """A new model, or `source`, the model to begin with, with more layers if the flags say so."""
     if not source:  # vocab_size is rounded up to a multiple of 128, for fast kernels: 50,257 becomes 50,304
@@ -864,6 +887,7 @@ def main(argv=None):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     # Afterwards, random numbers go on in this process as if there had been no training.
     with torch.random.fork_rng([LOCAL_RANK] if cuda else []), contextlib.ExitStack() as stack:
+        stack.enter_context(enough_memory(args))
         torch.manual_seed(args.seed)
         source = load_model(args.init_from, latest) if args.init_from else None
         if Path(args.data).is_dir():
@@ -872,6 +896,7 @@ def main(argv=None):
             data = load_text(args.data, get_tokenizer(source.config.tokenizer if source else args.tokenizer))
         model = create_model(args, source, data).to(args.device).train()
         config = model.config
+        args.remembered |= {name: getattr(config, name) for name in SHAPE}
         if args.T > config.block_size:
             raise UserError(f"--T {args.T} is longer than the model's context: at most {config.block_size}")
         with warn_only("there will be no samples and no HellaSwag"):
@@ -887,7 +912,6 @@ def main(argv=None):
                 raise UserError(f"--resume: {name} was {before!s:.80}, and can't change within a run")
         if args.max_steps > 0:  # --max_steps 0 looks at a model, and writes nothing
             if RANK == 0:
-                Path(args.log_dir).mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(args.log_dir))
             any_rank(False)  # a barrier: now all ranks have read what they need from log_dir
             if RANK == 0:

@@ -60,7 +60,7 @@ def lecture_shards(tmp_path):
 @pytest.fixture
 def shards(tmp_path):
     """A directory of shards of bytes, with the meta.json that fineweb.py writes: the small vocabulary is quick."""
-    entries = {name: {"tokens": n, "bytes": n} for name, n in make_shards(tmp_path / "shards", 256).items()}
+    entries = {name: {"tokens": n, "documents": 9, "bytes": n, "end": [0, n]} for name, n in make_shards(tmp_path / "shards", 256).items()}
     meta = {"tokenizer": "bytes", "vocab_size": 257, "eot": 256, "complete": True, "shards": entries}
     (tmp_path / "shards" / "meta.json").write_text(json.dumps(meta))
     return tmp_path / "shards"

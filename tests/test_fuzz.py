@@ -1,0 +1,148 @@
+"""Random damage to every kind of file: an error of one line or a result, and never anything else.
+
+    FUZZ=10000 python -m pytest -q tests/test_fuzz.py     # as many damaged files instead of 300
+"""
+
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, TINY, main, make_shards
+
+import fineweb
+import hellaswag
+from fineweb import UserError, find_shards, get_tokenizer
+from train_gpt2 import GPT, DataLoaderLite, GPTConfig, load_checkpoint
+
+COUNT = int(os.environ.get("FUZZ", 300))
+
+
+def read_checkpoint(path):
+    checkpoint = load_checkpoint(path)
+    GPT.from_checkpoint(path, checkpoint)
+    return str(checkpoint)
+
+
+def read_shards(path):
+    data = find_shards(path.parent)
+    DataLoaderLite(data.train, 41, 16, 0, 1, data.n_vocab, 0, True, data.eot).next_batch()
+
+
+def tokenize(*flags):
+    with contextlib.redirect_stdout(io.StringIO()):
+        fineweb.main([str(flag) for flag in flags])
+
+
+def read_documents(path):
+    shutil.rmtree(path.with_suffix(".out"), ignore_errors=True)
+    tokenize("--input", path, "--tokenizer", "bytes", "--shard_size", 100, "--out", path.with_suffix(".out"))
+
+
+def read_tokenizer(path):
+    tokenizer = get_tokenizer(str(path))
+    tokenizer.decode(tokenizer.encode_ordinary("The tide goes out.\n"))
+
+
+def read_items(path):
+    hellaswag.load_items(path, get_tokenizer("bytes"), 64)
+
+
+def read_export(path):
+    GPT.from_pretrained(path.parent)
+
+
+def go_on(path):
+    tokenize("--input", path.parent.parent / "a.txt", "--tokenizer", "bytes", "--shard_size", 10, "--out", path.parent)
+
+
+def resume(path):
+    with contextlib.redirect_stdout(io.StringIO()):
+        main("--resume", "--log_dir", path.parent, "--max_steps", 2)
+
+
+READ = {
+    "log/model_00002.pt": read_checkpoint, "log/latest.pt": resume, "log/log.txt": resume, "lecture/x_train_1.npy": read_shards,
+    "bin/x_train_1.bin": read_shards, "shards/meta.json": read_shards, "out/meta.json": go_on, "a.jsonl": read_documents,
+    "a.parquet": read_documents, "a.txt": read_documents, "hf/tokenizer.json": read_tokenizer, "items.jsonl": read_items,
+    "hf/config.json": read_export, "hf/model.safetensors": read_export,
+}  # fmt: skip
+CHECKSUMS = ["log/model_00002.pt"]  # only these files say of each byte whether it is right
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A directory with one file of each kind."""
+    directory = tmp_path_factory.mktemp("files")
+    for name in "shards", "lecture":
+        sizes = make_shards(directory / name, 256)
+    meta = {"tokenizer": "bytes", "vocab_size": 257, "eot": 256, "complete": True}
+    meta["shards"] = {name: {"tokens": n, "documents": 9, "bytes": n, "end": [0, n]} for name, n in sizes.items()}
+    (directory / "shards" / "meta.json").write_text(json.dumps(meta))
+    for i, (path, tokens) in enumerate(find_shards(directory / "shards").train.items(), 1):
+        np.save(directory / "lecture" / f"x_train_{i}.npy", np.load(path))
+    (directory / "bin").mkdir()
+    for name in "train", "val":
+        header, tokens = np.zeros(256, np.int32), np.load(directory / "lecture" / "x_train_1.npy")
+        header[:3] = 20240520, 1, len(tokens)
+        (directory / "bin" / f"x_{name}_1.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    flags = ["--data", directory / "shards", *TINY, "--max_steps", 2, "--val_every", 0, "--log_dir", directory / "log"]
+    main(*flags)
+    GPT(GPTConfig(16, 257, 1, 2, 8, tokenizer="bytes")).save_pretrained(directory / "hf")
+    lines = (ROOT / "input.txt").read_text()[:3000].splitlines()
+    (directory / "a.txt").write_text("\n".join(lines))
+    (directory / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    pq.write_table(pa.table({"text": lines}), directory / "a.parquet")
+    item = {"ctx": "The tide", "endings": ["goes out.", "sings.", "is.", "no"], "label": 1}
+    (directory / "items.jsonl").write_text((json.dumps(item) + "\n") * 5)
+    tokenize("--input", directory / "a.txt", "--tokenizer", "bytes", "--shard_size", 10, "--out", directory / "out")
+    return directory
+
+
+def damage(data, rng):
+    """Some bytes flipped, cut off, left out or written twice."""
+    data, place = bytearray(data), rng.randrange(len(data))
+    kind = rng.choice(["bit", "byte", "bytes", "cut", "gap", "twice"])
+    if kind == "bit":
+        data[place] ^= 1 << rng.randrange(8)
+    elif kind in ("byte", "bytes"):
+        for place in range(place, min(place + (1 if kind == "byte" else 16), len(data))):
+            data[place] = rng.randrange(256)
+    elif kind == "cut":
+        del data[place:]
+    elif kind == "gap":
+        del data[place : place + rng.randint(1, 9)]
+    else:
+        data[place:place] = data[place : place + rng.randint(1, 9)]
+    return bytes(data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READ)
+def test_damaged_files_end_in_one_line_or_in_a_result(files, name):
+    path, read, rng = files / name, READ[name], random.Random(name)
+    good, outcomes = path.read_bytes(), {"refused": 0, "read": 0}
+    expected = read(path)
+    for _ in range(COUNT // len(READ) + 1):
+        path.write_bytes(damaged := damage(good, rng))
+        try:
+            result = read(path)
+            outcomes["read"] += 1
+            assert name not in CHECKSUMS or result == expected
+        except UserError as e:
+            outcomes["refused"] += 1
+            assert "\n" not in str(e)
+        except SystemExit as e:
+            assert e.code == 2
+        except BaseException:
+            path.with_name("damaged").write_bytes(damaged)
+            raise
+        finally:
+            path.write_bytes(good)
+    print(name, outcomes)
