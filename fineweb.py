@@ -215,10 +215,29 @@ def to_hugging_face(tokenizer):
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
             merges.append(tuple(parts))
+    ranks["<|endoftext|>"] = tokenizer.eot_token
     bpe = Tokenizer(models.BPE(ranks, merges))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     bpe.add_special_tokens(["<|endoftext|>"])
     return bpe
+
+
+def save_tokenizer(tokenizer, directory, model_max_length):
+    """Write the files in which the hub has GPT-2's tokenizer: tokenizer.json for most tools, vocab.json and
+    merges.txt for others. model_max_length: the context of the model, in tokens."""
+    bpe, directory = to_hugging_face(tokenizer), Path(directory)
+    bpe.save(str(directory / "tokenizer.json"))
+    bpe.model.save(str(directory))  # vocab.json and merges.txt
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    write_json(directory / "special_tokens_map.json", special)
+    # GPT2Tokenizer splits a text into words as GPT-2 does. A tokenizer.json may have another rule, and
+    # PreTrainedTokenizerFast follows it.
+    is_own = isinstance(tokenizer, HuggingFaceTokenizer)
+    write_json(directory / "tokenizer_config.json", special | {
+        "tokenizer_class": "PreTrainedTokenizerFast" if is_own else "GPT2Tokenizer",
+        "model_max_length": model_max_length,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add token_type_ids
+    })  # fmt: skip
 
 
 def encode_documents(tokenizer, texts):

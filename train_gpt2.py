@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
 from fineweb import UserError, complete_file, locked, nonempty, readable, run, warn_only, write_json
-from fineweb import find_shards, get_tokenizer, load_text, open_shard, to_hugging_face
+from fineweb import find_shards, get_tokenizer, load_text, open_shard, save_tokenizer
 
 # torchrun sets these for each process; without it there is one process.
 RANK = int(os.environ.get("RANK", 0))  # number of this process among those of all nodes
@@ -228,23 +228,21 @@ class GPT(nn.Module):
 
     def save_pretrained(self, directory):
         """Write model and tokenizer in Hugging Face's format, without the padding rows of the vocabulary."""
-        from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+        from transformers import GPT2Config, GPT2LMHeadModel
 
         c, tokenizer = self.config, get_tokenizer(self.config.tokenizer)
         hf = GPT2LMHeadModel(GPT2Config(
-            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
-            n_head=c.n_head, resid_pdrop=c.dropout, attn_pdrop=c.dropout, embd_pdrop=0.0,
+            vocab_size=c.vocab_size, n_positions=c.block_size, n_ctx=c.block_size, n_embd=c.n_embd,
+            n_layer=c.n_layer, n_head=c.n_head, resid_pdrop=c.dropout, attn_pdrop=c.dropout, embd_pdrop=0.0,
             bos_token_id=tokenizer.eot_token, eos_token_id=tokenizer.eot_token,
             tokenizer=c.tokenizer if c.tokenizer in ("gpt2", "bytes") else "tokenizer.json",
         ))  # fmt: skip
         hf.load_state_dict(transpose_conv1d(self.state_dict()))
         hf.resize_token_embeddings(min(c.vocab_size, tokenizer.n_vocab))  # cuts off the padding rows
-        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-        fast = PreTrainedTokenizerFast(tokenizer_object=to_hugging_face(tokenizer), **special)
         Path(directory).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as tmp:  # all files appear when all are complete
             hf.save_pretrained(tmp)
-            fast.save_pretrained(tmp)
+            save_tokenizer(tokenizer, tmp, c.block_size)
             for path in Path(tmp).iterdir():
                 os.replace(path, Path(directory, path.name))
 

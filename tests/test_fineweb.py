@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections import Counter
 
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 from conftest import ROOT, environment, make_tokens, needs_bpe
 from tiktoken.load import read_file_cached
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer
 
 import fineweb
 import train_gpt2
@@ -473,28 +475,47 @@ def test_what_is_no_byte_level_bpe_is_refused(own, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", KINDS, indirect=True)
+def test_transformers_gives_the_same_ids(tokenizer, tmp_path):
+    """`own` composes characters first (NFC), and GPT-2's tokenizer does not: transformers must do as it does."""
+    fineweb.save_tokenizer(tokenizer, tmp_path, 64)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    code = (ROOT / "fineweb.py").read_text()
+    text = "".join(make_texts(20, seed=4)) + code + " nai\u0308ve 1234567 x'll  \u3000\r\n\n\t 東京🙂<|endoftext|> "
+    ids = theirs(text)["input_ids"]
+    parts = [tokenizer.encode_ordinary(part) for part in text.split("<|endoftext|>")]
+    assert ids == [token for part in parts for token in (tokenizer.eot_token, *part)][1:]
+    assert theirs(text, split_special_tokens=True)["input_ids"] == tokenizer.encode_ordinary(text)
+    assert theirs.decode(ids) == (unicodedata.normalize("NFC", text) if tokenizer.n_vocab == 400 else text)
+    assert theirs.bos_token_id == theirs.eos_token_id == tokenizer.eot_token and theirs.model_max_length == 64
+
+
+@pytest.mark.parametrize("tokenizer", KINDS, indirect=True)
+def test_what_other_versions_of_transformers_read_of_a_tokenizer(tokenizer, tmp_path):
+    """4.57 knows no class TokenizersBackend, and would give the model token_type_ids, which it adds to the text."""
+    fineweb.save_tokenizer(tokenizer, tmp_path, 64)
+    kind = "PreTrainedTokenizerFast" if tokenizer.n_vocab == 400 else "GPT2Tokenizer"
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    settings = {"tokenizer_class": kind, "model_max_length": 64, "model_input_names": ["input_ids", "attention_mask"]}
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == special | settings
+    assert json.loads((tmp_path / "special_tokens_map.json").read_text()) == special
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text())
+    assert sorted(vocabulary.values()) == list(range(tokenizer.n_vocab))
+    assert vocabulary["<|endoftext|>"] == tokenizer.eot_token
+
+
 @needs_bpe
-def test_gpt2_for_hugging_face_has_the_merges_of_the_release_and_the_ids_of_tiktoken():
-    bpe = fineweb.to_hugging_face(get_tokenizer())
-    url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"  # in tiktoken's cache
-    released = read_file_cached(url).decode().splitlines()[1:]
-    merges = [" ".join(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
-    assert len(merges) == 50_000 and merges == released
-    assert bpe.token_to_id("<|endoftext|>") == 50256 and bpe.get_vocab_size() == 50257
-    for text in *make_texts(20, seed=4), "it's 3.14; they'll\n\n\t  go  ", " naïve潮🦀" * 9:
-        text = text.replace("<|endoftext|>", " end")
-        assert bpe.encode(text).ids == get_tokenizer().encode_ordinary(text)
-        assert bpe.decode(bpe.encode(text).ids) == text
-
-
-def test_bytes_for_hugging_face_are_the_values_of_the_bytes():
-    bpe = fineweb.to_hugging_face(get_tokenizer("bytes"))
-    for text in make_texts(20, seed=4):
-        text = text.replace("<|endoftext|>", " end")
-        assert bpe.encode(text).ids == list(text.encode())
-        assert bpe.decode(list(text.encode())) == text
-    assert bpe.encode("<|endoftext|>").ids == [256]
+def test_vocabulary_and_merges_of_gpt2_are_the_released_files(tmp_path):
+    fineweb.save_tokenizer(get_tokenizer(), tmp_path, 1024)
+    url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # in tiktoken's cache
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text())
+    assert vocabulary == json.loads(read_file_cached(url + "encoder.json")) and len(vocabulary) == 50257
+    assert [vocabulary[word] for word in ("!", "Ġthe", "Hello", "Ġgazed", "<|endoftext|>")] == [0, 262, 15496, 50255, 50256]
+    merges = (tmp_path / "merges.txt").read_text()
+    assert merges == read_file_cached(url + "vocab.bpe").decode()
+    version, *merges = merges.splitlines()
+    assert version == "#version: 0.2" and len(merges) == 50_000
+    assert merges[:4] == ["Ġ t", "Ġ a", "h e", "i n"]
 
 
 def test_no_tokenizer_is_an_error_not_a_fallback(tmp_path):

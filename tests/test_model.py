@@ -1,5 +1,6 @@
 """The model against Hugging Face's GPT-2, hand-computed figures and the lecture's."""
 
+import json
 import math
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from conftest import ROOT, needs_bpe
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import train_gpt2
 from fineweb import UserError, get_tokenizer
 from train_gpt2 import GPT, PRESETS, GPTConfig, build_parser, get_lr
 
@@ -62,6 +64,41 @@ def test_round_trip_through_hugging_face_is_bit_exact(tmp_path):
         assert torch.equal(back.state_dict()[name], p[:50257]), name
     idx = torch.randint(50257, (2, 32))
     torch.testing.assert_close(model.eval()(idx)[0][..., :50257], reference(idx).logits, atol=1e-5, rtol=0)
+
+
+@needs_bpe
+def test_an_export_is_what_the_hub_has_of_gpt2(tmp_path):
+    """The files of openai-community/gpt2, and the fields that tools read. Files of the tokenizer: test_fineweb.py."""
+    GPT(SMALL).save_pretrained(tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "vocab.json", "merges.txt", "special_tokens_map.json",
+    }  # fmt: skip
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    expected = {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+        "bos_token_id": 50256, "eos_token_id": 50256, "vocab_size": 50257, "n_ctx": 32, "n_positions": 32,
+        "n_embd": 32, "n_layer": 3, "n_head": 4, "layer_norm_epsilon": 1e-5,
+    }  # fmt: skip
+    assert {name: config.get(name) for name in expected} == expected
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["bos_token_id"] == generation["eos_token_id"] == 50256
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["model_max_length"] == 32
+
+
+def test_an_export_that_fails_leaves_an_earlier_one_whole(tmp_path, monkeypatch):
+    def fail(tokenizer, directory, model_max_length):
+        Path(directory, "tokenizer.json").write_text("half of")
+        raise OSError("no space left")
+
+    config = GPTConfig(16, 384, 1, 2, 16, tokenizer="bytes")
+    GPT(config).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(train_gpt2, "save_tokenizer", fail)
+    with pytest.raises(OSError):
+        GPT(config).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @needs_bpe
