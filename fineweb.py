@@ -170,6 +170,9 @@ class HuggingFaceTokenizer:
             if not BYTE_OF.keys() <= ids.keys() or self.n_vocab > 2**16:
                 raise ValueError("it is no byte-level BPE of up to 65,536 tokens")
 
+    def __eq__(self, other):  # the same tokenizer may be in files of different layout
+        return self.bpe.to_str() == other.bpe.to_str()
+
     def encode_ordinary(self, text):
         # A batch of one: encode_batch_fast releases the interpreter lock, and encode does not.
         return self.bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids

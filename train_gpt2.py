@@ -870,7 +870,7 @@ def create_model(args, source, data):
         if wanted < has or (wanted > has and name != "n_layer"):  # a model grows in layers only
             raise UserError(f"{origin} has {name} {has}, not {wanted}: leave --{name} out")
     a, b = config.tokenizer, data.tokenizer
-    if a != b and not (all(map(os.path.isfile, (a, b))) and Path(a).read_bytes() == Path(b).read_bytes()):
+    if a != b and not (os.path.isfile(a) and os.path.isfile(b) and get_tokenizer(a) == get_tokenizer(b)):
         raise UserError(f"{origin} has the tokenizer {a}, and {args.data} has {b}: use data of the same one")
     source.config = replace(config, tokenizer=data.tokenizer)
     return grow(source, args.n_layer or config.n_layer, args.dropout)

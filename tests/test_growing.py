@@ -253,8 +253,35 @@ def test_weights_and_data_of_different_tokenizers_are_refused(corpora, tmp_path)
     torch.save({"model": GPT(config).state_dict(), "config": vars(config)}, tmp_path / "model.pt")
     for name in "same", "other":
         fineweb.main(["--input", f"{corpora}/play.jsonl", "--tokenizer", str(tmp_path / f"{name}.json"),
-                      "--out", str(tmp_path / name), "--shard_size", "4000"])  # fmt: skip
+                      "--out", str(tmp_path / name), "--shard_size", "40000"])  # fmt: skip
     flags = ["--init_from", tmp_path / "model.pt", *TINY, "--n_layer", 1, "--max_steps", 0]
     main("--data", tmp_path / "same", *flags)
     with pytest.raises(UserError, match="same.json, and .*other has .*other/tokenizer.json"):
         main("--data", tmp_path / "other", *flags)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_an_export_trains_on_with_its_tokenizer(corpora, tmp_path, kind):
+    """On shards and on text. The tokenizer.json has the layout of older files, each merge a string."""
+    name = kind
+    if kind == "bpe":
+        data = json.loads((corpora / "bpe" / "tokenizer.json").read_text())
+        data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"]]
+        name = str(tmp_path / "tokenizer.json")
+        Path(name).write_text(json.dumps(data))
+    shards = tmp_path / "shards"
+    fineweb.main(["--input", f"{corpora}/play.jsonl", "--tokenizer", name, "--out", str(shards), "--shard_size", "20000"])
+    flags = [*TINY, "--T", 32, "--val_tokens", 4096, "--log_dir"]
+    main("--data", shards, *flags, tmp_path / "first", "--max_steps", 40)
+    model = GPT.from_checkpoint(tmp_path / "first" / "model_00040.pt")
+    model.save_pretrained(tmp_path / "hf")
+    text, ours = (ROOT / "fineweb.py").read_text(), get_tokenizer(name)
+    for data in shards, ROOT / "input.txt":
+        log_dir = tmp_path / f"second_{data.name}"
+        main("--data", data, "--init_from", tmp_path / "hf", *flags, log_dir, "--max_steps", 2, "--max_lr", 1e-3)
+        config = GPT.from_checkpoint(log_dir / "model_00002.pt").config
+        tokenizer = get_tokenizer(config.tokenizer)
+        assert config.vocab_size == tokenizer.n_vocab == ours.n_vocab
+        assert tokenizer.encode_ordinary(text) == ours.encode_ordinary(text)
+        before, after = read_log(tmp_path / "first", "val"), read_log(log_dir, "val")
+        assert before[40] < before[0] - 1 and after[0] == pytest.approx(before[40], abs=0.3)  # ids mean the same
