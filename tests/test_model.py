@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, needs_bpe
+from conftest import ROOT, TINY, needs_bpe, succeed
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import train_gpt2
@@ -119,6 +121,69 @@ def test_an_exported_model_of_bytes_comes_back_as_one(tmp_path):
     assert (back.config.tokenizer, back.config.vocab_size) == ("bytes", 257)
     assert torch.equal(back.lm_head.weight, model.lm_head.weight[:257])
     assert AutoTokenizer.from_pretrained(tmp_path).encode("é\n<|endoftext|>") == [0xC3, 0xA9, 10, 256]
+
+
+# config.json of distilgpt2 as released, but for the width. Those of gpt2, ... gpt2-xl have the same fields.
+DISTILGPT2 = {
+    "_num_labels": 1, "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
+    "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "id2label": {"0": "LABEL_0"},
+    "initializer_range": 0.02, "label2id": {"LABEL_0": 0}, "layer_norm_epsilon": 1e-05, "model_type": "gpt2",
+    "n_ctx": 1024, "n_embd": 24, "n_head": 12, "n_layer": 6, "n_positions": 1024, "resid_pdrop": 0.1,
+    "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
+    "summary_type": "cls_index", "summary_use_proj": True,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}, "vocab_size": 50257,
+}  # fmt: skip
+
+
+def release(directory, prefix="transformer."):
+    """Write a model into the directory as the hub has it, with causal masks among the weights, and return it."""
+    model = GPT2LMHeadModel(GPT2Config(**DISTILGPT2))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    weights = {name.removeprefix("transformer."): w for name, w in model.state_dict().items() if name != "lm_head.weight"}
+    masks = {f"h.{i}.attn.bias": torch.ones(1024, 1024).tril().view(1, 1, 1024, 1024) for i in range(6)}
+    directory.mkdir(parents=True)
+    save_file({prefix + name: w.clone() for name, w in (weights | masks).items()}, directory / "model.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(DISTILGPT2))
+    return model.eval()
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_the_files_of_a_released_model_load(tmp_path, prefix):
+    """gpt2 was released without the prefix, distilgpt2 with it."""
+    reference = release(tmp_path / "distilgpt2", prefix)
+    model = GPT.from_pretrained(tmp_path / "distilgpt2")
+    assert model.config == GPTConfig(1024, 50257, 6, 12, 24)
+    idx = torch.randint(50257, (2, 40))
+    torch.testing.assert_close(model(idx)[0], reference(idx).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "50KB"])
+def test_weights_of_any_dtype_in_any_number_of_files_become_float32(tmp_path, dtype, max_shard_size):
+    reference = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=32, n_layer=6, n_head=4)).to(dtype)
+    reference.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_shard_size == "50KB")
+    weights = GPT.from_pretrained(tmp_path).state_dict()
+    assert weights.keys() == reference.state_dict().keys()
+    for name, w in reference.state_dict().items():
+        w = w.t() if name.endswith(CONV1D) else w
+        assert weights[name].dtype == torch.float32 and torch.equal(weights[name], w.float()), name
+
+
+@pytest.mark.slow
+def test_a_name_with_an_organisation_loads(lecture_shards, tmp_path):
+    """From the cache of what was downloaded, so that no network is needed."""
+    repository = tmp_path / "hub" / "models--openai-community--gpt2"
+    reference = release(repository / "snapshots" / "0123abcd")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abcd")
+    flags = ["--data", lecture_shards, *TINY, "--init_from", "openai-community/gpt2", "--n_layer", 6, "--n_head", 12, "--n_embd", 24]
+    done = succeed(*flags, "--max_steps", 0, env={"HF_HUB_CACHE": str(tmp_path / "hub")})
+    val = torch.from_numpy(np.load(lecture_shards / "edufineweb_val_000000.npy").astype(np.int64))[:161]
+    logits = reference(val[:160].view(10, 16)).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), val[1:]).item()
+    assert float(re.search(r"val (\S+)", done.stdout)[1]) == pytest.approx(loss, abs=1e-3)
 
 
 @pytest.mark.parametrize(
