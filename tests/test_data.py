@@ -161,6 +161,14 @@ def test_truncated_shard_is_named(lecture_shards):
         loader(lecture_shards)
 
 
+def test_a_bin_file_without_the_header_of_llm_c_is_named(tmp_path):
+    """train.bin and val.bin of nanoGPT hold the tokens only: 1,024 bytes of them are not taken for a header."""
+    for name in "train", "val":
+        make_tokens(2000, 1, EOT).tofile(tmp_path / f"{name}.bin")
+    with pytest.raises(UserError, match="train.bin can't be read .*header is not that of a shard of llm.c"):
+        loader(tmp_path)
+
+
 def test_ids_beyond_the_vocabulary_are_named(lecture_shards):
     tokens = make_tokens(200, 1, EOT)
     tokens[100] = 50257

@@ -270,6 +270,18 @@ def test_shards_of_the_lectures_script_train_as_they_are(lecture_shards, tmp_pat
     assert (config["vocab_size"], config["tokenizer"]) == (50304, "gpt2")
 
 
+def test_shards_of_llm_c_train_to_the_same_losses(lecture_shards, tmp_path):
+    (tmp_path / "llm_c").mkdir()
+    for path in lecture_shards.iterdir():
+        tokens, header = np.load(path), np.zeros(256, dtype=np.int32)
+        header[:3] = 20240520, 1, len(tokens)
+        (tmp_path / "llm_c" / f"{path.stem}.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    for data in lecture_shards, tmp_path / "llm_c":
+        main("--data", data, *TINY, "--max_steps", 2, "--val_tokens", 150, "--log_dir", tmp_path / f"log_{data.name}")
+    for stream in "train", "val":
+        assert read_log(tmp_path / "log_llm_c", stream) == read_log(tmp_path / "log_lecture_shards", stream)
+
+
 def test_what_a_checkpoint_holds(reference):
     flags, whole = reference
     model, latest = load(whole / "model_00020.pt"), load(whole / "latest.pt")
