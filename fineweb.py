@@ -1,21 +1,28 @@
 """
-Tokens on disk. As a command, this script turns documents, from the Hugging Face hub or from local files, into
-shards of tokens for train_gpt2.py. As a module, it reads shards and text files, and has the tokenizers and
-the safe ways to read and write files that all three scripts share.
+Tokens on disk. As a command, this script turns documents, from the Hugging
+Face hub or from local files, into shards of tokens for train_gpt2.py. As a
+module, it reads shards and text files, and has the tokenizers and the safe
+ways to read and write files that all three scripts share.
 
-    python fineweb.py                                         # FineWeb-Edu sample-10BT into edu_fineweb10B/
-    python fineweb.py --input 'docs/**/*.txt' --out docs_tokens --shard_size 1000000
-    python fineweb.py --dataset NAME --config NAME --out DIR  # another data set of the hub, or a local folder
-    python fineweb.py --mix 'books/*.jsonl:0.25' 'web/*.parquet:1.0' --out DIR  # a quarter of the books
+    python fineweb.py      # FineWeb-Edu sample-10BT into edu_fineweb10B/
+    python fineweb.py --input 'docs/**/*.txt' --out DIR --shard_size 1000000
+    # another data set of the hub, or a local folder
+    python fineweb.py --dataset NAME --config NAME --out DIR
+    # a mixture: a quarter of the books, and all of the other documents
+    python fineweb.py --mix 'books/*.jsonl:0.25' 'web/*.parquet:1' --out DIR
 
-A document is the end-of-text token followed by the tokens of its text. All documents, in the order of their
-files, form one sequence, which is cut into shards of exactly --shard_size tokens; the last shard is shorter.
-Shard 0 is the validation split.
+A document is the end-of-text token followed by the tokens of its text. All
+documents, in the order of their files, form one sequence, which is cut into
+shards of exactly --shard_size tokens; the last shard is shorter. Shard 0 is
+the validation split.
 
 Notable choices:
-- The main thread reads and writes, and a pool of threads tokenizes: tiktoken releases the interpreter lock.
-- After a stop, documents are read again, which is quick, and tokenized from where the last shard ends.
-- The sources of a mixture are merged by how much of each has been read, so all shards have the same mixture.
+- The main thread reads and writes, and a pool of threads tokenizes: tiktoken
+  releases the interpreter lock.
+- After a stop, documents are read again, which is quick, and tokenized from
+  where the last shard ends.
+- The sources of a mixture are merged by how much of each has been read, so
+  all shards have the same mixture.
 """
 
 import argparse
@@ -536,7 +543,8 @@ def write_shards(out, meta, sources, tokenizer, workers):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]", allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # leaves the lines of __doc__ as they are
+    raw = argparse.RawDescriptionHelpFormatter  # leaves the lines of __doc__ as they are
+    parser.formatter_class = functools.partial(raw, width=79)
     flag = functools.partial(parser.add_argument, type=nonempty)
     flag("--input", nargs="+", metavar="FILE", help=".parquet, .jsonl or .txt (one document); patterns too")
     flag("--mix", nargs="+", metavar="PATTERN:SHARE", help="a share of the documents of each pattern")

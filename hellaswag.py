@@ -1,21 +1,25 @@
 """
-HellaSwag (Zellers et al. 2019): which of four endings continues a text? A model's answer is the ending on
-which its loss is lowest.
+HellaSwag (Zellers et al. 2019): which of four endings continues a text? A
+model's answer is the ending on which its loss is lowest.
 
-    python hellaswag.py -m gpt2 -d cuda                                # released weights
-    python hellaswag.py -m log/model_19073.pt                          # a checkpoint of train_gpt2.py
-    python hellaswag.py --contamination edu_fineweb10B                 # which items occur in the shards?
-    python hellaswag.py -m gpt2 --clean hellaswag/contamination.json   # accuracy without those items
+    python hellaswag.py -m gpt2 -d cuda              # released weights
+    python hellaswag.py -m log/model_19073.pt        # your own checkpoint
+    # which items occur in the shards? And the accuracy without those items
+    python hellaswag.py --contamination edu_fineweb10B
+    python hellaswag.py -m gpt2 --clean hellaswag/contamination.json
 
-`acc` takes the ending with the lowest loss summed over its tokens, `acc_norm` the one with the lowest mean.
+`acc` takes the ending with the lowest loss summed over its tokens, `acc_norm`
+the one with the lowest mean.
 
 Notable choices:
-- An item is four rows, context + ending, padded on the right, where causal attention never looks. Rows of
-  like length go together, and logits are computed only where a token of an ending is predicted.
-- Contamination is the test of the GPT-3 paper (appendix C): an item is contaminated if 13 of its words in a
-  row occur in the shards. The shards are tokens, so a word is a token with a letter or digit. Case,
-  punctuation and white space are ignored. A word that is split into other tokens, as one in capitals may be,
-  is not found.
+- An item is four rows, context + ending, padded on the right, where causal
+  attention never looks. Rows of like length go together, and logits are
+  computed only where a token of an ending is predicted.
+- Contamination is the test of the GPT-3 paper (appendix C): an item is
+  contaminated if 13 of its words in a row occur in the shards. The shards are
+  tokens, so a word is a token with a letter or digit. Case, punctuation and
+  white space are ignored. A word that is split into other tokens, as one in
+  capitals may be, is not found.
 """
 
 import argparse
@@ -204,7 +208,8 @@ def contamination(items, paths, tokenizer):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]", allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # leaves the lines of __doc__ as they are
+    raw = argparse.RawDescriptionHelpFormatter  # leaves the lines of __doc__ as they are
+    parser.formatter_class = functools.partial(raw, width=79)
     flag = functools.partial(parser.add_argument, type=nonempty)
     flag("-m", "--model", help="released name, Hugging Face directory or .pt checkpoint")
     flag("-d", "--device", choices=("cpu", "cuda", "mps"), help="(cuda where there is one, else cpu)")

@@ -1,18 +1,24 @@
-"""GPT-2, built and trained in one file that is read from top to bottom: the model, weights from elsewhere,
-settings, the data loader, one training step, checkpoints, evaluation, and the training loop.
+"""GPT-2, built and trained in one file that is read from top to bottom: the
+model, weights from elsewhere, settings, the data loader, one training step,
+checkpoints, evaluation, and the training loop.
 
-    python train_gpt2.py                                 # a small GPT on input.txt, minutes on a laptop
-    torchrun --nproc_per_node=8 train_gpt2.py            # GPT-2 124M on edu_fineweb10B/, eight GPUs
-    torchrun --nproc_per_node=8 train_gpt2.py --resume   # go on after a stop, on any number of GPUs
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_gpt2.py
+    python train_gpt2.py                        # a small GPT on input.txt
+    torchrun --nproc_per_node=8 train_gpt2.py   # GPT-2 124M on edu_fineweb10B/
+    torchrun --nproc_per_node=8 train_gpt2.py --resume   # go on after a stop
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
+        --rdzv_endpoint=HOST:29500 train_gpt2.py         # on each of two nodes
 
 Notable choices:
-- Parameters have the names of Hugging Face's GPT-2, so weights move over by name, in both directions.
-- The learning rate, the position in the data and the random seeds are functions of the step. To resume is to
-  load a checkpoint and begin at its step, and any number of processes trains on the same batches.
-- `train_model` is compiled and wrapped in DistributedDataParallel, and does nothing but train. Validation,
-  samples and checkpoints use `model`, the bare module, which shares its weights.
-- Weights and optimizer state are float32. With bfloat16, the forward pass runs under autocast.
+- Parameters have the names of Hugging Face's GPT-2, so weights move over by
+  name, in both directions.
+- The learning rate, the position in the data and the random seeds are
+  functions of the step. To resume is to load a checkpoint and begin at its
+  step, and any number of processes trains on the same batches.
+- `train_model` is compiled and wrapped in DistributedDataParallel, and does
+  nothing but train. Validation, samples and checkpoints use `model`, the bare
+  module, which shares its weights.
+- Weights and optimizer state are float32. With bfloat16, the forward pass runs
+  under autocast.
 """
 
 import argparse
@@ -21,14 +27,17 @@ import ctypes
 import functools
 import math
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import zipfile
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -323,8 +332,9 @@ PRESETS = {
     "gpt-760m": {"n_layer": 24, "max_lr": 2e-4, "max_steps": 82000, "dropout": 0.1} | GROWN,
     # For a laptop.
     "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "B": 16, "T": 128, "total_batch_size": 2**11,
-             "max_lr": 2e-3, "max_steps": 1000, "warmup_steps": 50, "val_every": 250, "hellaswag_every": 0,
-             "sample_every": 500, "max_new_tokens": 100, "tokenizer": "bytes"},
+             "max_lr": 2e-3, "max_steps": 1000, "warmup_steps": 50, "hellaswag_every": 0, "sample_every": 500,
+             "prompt": "Tamsin Vane:", "num_samples": 2, "max_new_tokens": 200, "print_every": 20,
+             "tokenizer": "bytes"},
 }  # fmt: skip
 SHAPE = ("n_layer", "n_head", "n_embd")
 # A resumed run goes on with the same model on the same batches, so these flags can't change, nor can the
@@ -332,37 +342,63 @@ SHAPE = ("n_layer", "n_head", "n_embd")
 FIXED = (*SHAPE, "T", "total_batch_size", "seed", "shuffle", "optimizer", "shards")
 
 
+def preset_table(parser):
+    """The presets as text: a column for each of the main flags, and below it what else differs from gpt2."""
+    columns = "n_layer", "n_head", "n_embd", "T", "B", "total_batch_size", "max_steps", "max_lr"
+    lines = [" ".join((f"{'presets:':13}", *(f"{name:>2}" for name in columns)))]
+    for preset, values in PRESETS.items():
+        cells = (f"{values.get(name, parser.get_default(name)):>{max(len(name), 2)}}" for name in columns)
+        lines.append(" ".join((f"  {preset:11}", *cells)))
+    for preset, values in PRESETS.items():
+        others = ", ".join(f"{name} {value}" for name, value in values.items() if name not in columns)
+        lines += textwrap.wrap(f"{preset} also: {others}", 79, subsequent_indent="  ") * bool(others)
+    return "\n".join(lines)
+
+
 def build_parser():
-    presets = "".join(f"  {name}: {str(values)[1:-1]}\n".replace("'", "") for name, values in PRESETS.items())
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=79)
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"presets, where they differ from gpt2:\n{presets}", allow_abbrev=False,
-        usage="%(prog)s [flags]", formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        description=__doc__, usage="%(prog)s [flags]", allow_abbrev=False, formatter_class=formatter
+    )
 
     def fail(message):
         raise UserError(message)
 
     if RANK > 0:  # argparse would print on every rank; `run` delays the others, so that rank 0 is heard
         parser.error = fail
+    add_flags(parser)
+    parser.epilog = preset_table(parser)
+    return parser
 
+
+def add_flags(parser):
     def flag(name, kind, default, help, **options):
         kinds = {bool: {"action": argparse.BooleanOptionalAction}, str: {"type": nonempty}}
         options |= kinds.get(kind, {"type": kind})
+        if kind in (int, float):
+            options["metavar"] = "N" if kind is int else "X"
         help += "" if default is None else f" ({default})"
-        parser.add_argument(f"--{name}", default=default, help=help, **options)
+        group.add_argument(f"--{name}", default=default, help=help, **options)
 
+    group = parser.add_argument_group("data")
     data = "edu_fineweb10B" if any(Path("edu_fineweb10B").glob("*train*")) else "input.txt"
-    flag("data", str, data, "directory of shards, or text file; edu_fineweb10B where it exists")
-    flag("tokenizer", str, "gpt2", "of a text file: gpt2, bytes, or a tokenizer.json of Hugging Face")
-    flag("model", str, None, "preset, listed below (gpt2 for shards, tiny for a text file)", choices=PRESETS)
-    flag("init_from", str, None, "begin with weights: a released name, Hugging Face directory or .pt file")
+    flag("data", str, data, "directory of shards (edu_fineweb10B if it exists) or text file", metavar="PATH")
+    flag("tokenizer", str, "gpt2", "of a text file: gpt2, bytes, or a tokenizer.json", metavar="NAME")
+    flag("shuffle", bool, True, "a new order of shards and documents in every epoch")
+    group = parser.add_argument_group("model")
+    flag("model", str, None, "preset, listed below (gpt2 for shards, tiny for a text file)", choices=PRESETS,
+         metavar="PRESET")  # fmt: skip
+    flag("init_from", str, None, "begin with weights: a released name, Hugging Face directory or .pt file",
+         metavar="WEIGHTS")  # fmt: skip
     flag("n_layer", int, 12, "layers; with --init_from, more than the weights have make the model grow")
     flag("n_head", int, 12, "attention heads")
     flag("n_embd", int, 768, "width of the residual stream")
     flag("dropout", float, 0.0, "probability, on attention weights and the output of each attention and MLP")
+    group = parser.add_argument_group("batch")
     flag("B", int, 64, "micro batch: most rows in a forward pass; a step is the same for all values")
     flag("T", int, 1024, "tokens in a row")
     flag("total_batch_size", int, 2**19, "tokens in a step, over all micro steps and ranks")
+    group = parser.add_argument_group("optimization")
     flag("max_steps", int, 10**10 // 2**19, "steps of the whole run")
     flag("warmup_steps", int, 375 * 10**6 // 2**19, "steps of rising learning rate")
     flag("max_lr", float, 6e-4, "learning rate after warmup")
@@ -371,24 +407,26 @@ def build_parser():
     flag("zero", bool, False, "shard the optimizer's state over the ranks")
     flag("weight_decay", float, 0.1, "on matrices and embeddings")
     flag("grad_clip", float, 1.0, "largest global norm of the gradient, 0: any")
-    flag("seed", int, 42, "random seed of initial weights, data order and dropout")
-    flag("shuffle", bool, True, "a new order of shards and documents in every epoch")
-    flag("device", str, None, "(the fastest there is)", choices=("cpu", "cuda", "mps"))
-    flag("dtype", str, None, "(bfloat16 on GPUs that have it, else float32)", choices=("float32", "bfloat16"))
-    flag("compile", bool, None, "torch.compile: a minute's wait, then faster steps (on cuda)")
+    group = parser.add_argument_group("evaluation")
     flag("val_every", int, 250, "steps between validations, 0: never")
     flag("val_tokens", int, 20 * 2**19, "tokens in one validation, at most the whole split")
     flag("hellaswag_every", int, 250, "steps between HellaSwag evaluations, 0: never")
+    group = parser.add_argument_group("sampling")
     flag("sample_every", int, 250, "steps between samples, 0: never")
-    flag("prompt", str, "Hello, I'm a language model,", "text that samples continue")
+    flag("prompt", str, "Hello, I'm a language model,", "text that samples continue", metavar="TEXT")
     flag("num_samples", int, 5, "samples on each rank")
     flag("max_new_tokens", int, 22, "tokens of a sample")
     flag("top_k", int, 50, "sample from the k most likely tokens")
     flag("temperature", float, 1.0, "sampling temperature: below 1 is more predictable, above 1 more random")
+    group = parser.add_argument_group("run")
+    flag("seed", int, 42, "random seed of initial weights, data order and dropout")
+    flag("device", str, None, "(the fastest there is)", choices=("cpu", "cuda", "mps"))
+    flag("dtype", str, None, "(bfloat16 on GPUs that have it, else float32)", choices=("float32", "bfloat16"))
+    flag("compile", bool, None, "torch.compile: a minute's wait, then faster steps (on cuda)")
+    flag("print_every", int, 1, "steps between printed lines, 0: none; log.txt has all steps")
     flag("checkpoint_every", int, 5000, "steps between checkpoints, 0: never, not even at the end")
-    flag("log_dir", str, "log", "directory for log.txt and checkpoints")
+    flag("log_dir", str, "log", "directory for log.txt and checkpoints", metavar="DIR")
     flag("resume", bool, False, "go on from log_dir/latest.pt; flags that are left out are as they were")
-    return parser
 
 
 def parse_args(argv=None):
@@ -658,7 +696,7 @@ def open_log(args, latest, config, loader):
         backup.mkdir()
         for path in earlier:
             path.rename(backup / path.name)
-        print0(f"{log_dir} had the files of an earlier run (--resume goes on with it): moved to {backup}")
+        print0(f"{log_dir} had the files of an earlier run, moved to {backup}")
     elif log_file.exists():
         with readable(log_file, "move it away"):  # after a crash, the last line may be cut off
             lines = [line for line in log_file.read_text().splitlines(True) if line.endswith("\n")]
@@ -731,8 +769,13 @@ def get_items(tokenizer, block_size):
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
 
 
-def describe_speed(args, model, seconds, seconds_left):
-    """What a step's line says of time: ms, tokens a second, share of the GPUs' peak (MFU), time left."""
+def hours(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def describe_speed(args, model, seconds):
+    """The speed of a step: ms, tokens a second, and the share of the GPUs' peak (MFU) where that is known."""
     tokens_per_second = args.total_batch_size / seconds
     device = torch.cuda.get_device_name() if args.device == "cuda" else args.device
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
@@ -740,9 +783,47 @@ def describe_speed(args, model, seconds, seconds_left):
     # (the position embedding is in none), and 12 * T * n_embd in each layer for attention.
     weights = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
     flops = 6 * weights + 12 * model.config.n_layer * model.config.n_embd * args.T
-    mfu = f" | mfu {flops * tokens_per_second / (peak * WORLD_SIZE):.1%}" if peak else ""
-    eta = timedelta(seconds=round(seconds_left))
-    return f"{seconds * 1000:.0f} ms | {tokens_per_second:,.0f} tok/s{mfu} | eta {eta}"
+    mfu = f", mfu {flops * tokens_per_second / (peak * WORLD_SIZE):.1%}" if peak else ""
+    return f"{seconds * 1000:.0f} ms a step, {tokens_per_second:,.0f} tok/s{mfu}"
+
+
+def shown(path):
+    """A path as a command can have it: relative where it is below the current directory, and quoted."""
+    path, here = Path(path), Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+
+def print_next(args, seconds):
+    """Print what the finished run has written, and the commands that come next."""
+    names = ["log.txt", f"model_{args.max_steps:05d}.pt", "latest.pt"][: 3 if args.checkpoint_every else 1]
+    paths, script = [Path(args.log_dir, name) for name in names], shown(__file__)
+    python = "python" if shutil.which("python") == sys.executable else shown(sys.executable)
+    print0(f"finished after {hours(seconds)}\nwritten: {', '.join(map(str, paths))}")
+    if args.checkpoint_every:
+        parser = build_parser()
+        parser.set_defaults(**PRESETS["gpt2" if Path(args.data).is_dir() else "tiny"])
+        flags = {name: f" --{name} {shlex.quote(str(getattr(args, name)))}"
+                 for name in ("data", "T", "total_batch_size", "log_dir")
+                 if getattr(args, name) != parser.get_default(name)}  # fmt: skip
+        log_dir = flags.pop("log_dir", "")
+        print0("\nThe loss of the model, and samples:")
+        print0(f"{python} {script} --init_from {shown(paths[1])} --max_steps 0{''.join(flags.values())}")
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE)
+        launcher = python if WORLD_SIZE == 1 else f"torchrun --nproc_per_node={ranks}"
+        print0("\nTwice as many steps:")
+        print0(f"{launcher} {script} --resume --max_steps {2 * args.max_steps}{log_dir}")
+    print0(f"\nPictures of the runs in log*/:\n{python} -m pip install notebook")
+    print0(f"{python} -m notebook {shown(Path(__file__).with_name('play.ipynb'))}")
+
+
+def print_step(args, model, step, start, loss, lr, norm, seconds, total):
+    """Print a step's line if it is due. seconds: of the step; total: since step `start`, with evaluations."""
+    eta = hours(total / (step + 1 - start) * (args.max_steps - step - 1))
+    if step == start + 10:  # by now the model is compiled
+        print0(f"{describe_speed(args, model, seconds)}; {eta} to go")
+    if args.print_every and (step % args.print_every == 0 or step + 1 == args.max_steps):
+        figures = f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f}"
+        print0(f"step {step:5d} | {figures} | {seconds * 1000:.0f} ms | eta {eta}")
 
 
 def catch_signals(stack):
@@ -783,7 +864,8 @@ def evaluate(due, args, model, val_loader, bytes_per_token, items, stop):
 
 
 def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, latest, stop):
-    """Train from the step of `latest`, what latest.pt holds, else from step 0. A signal in `stop` ends it."""
+    """Train from the step of `latest`, what latest.pt holds, else from step 0, to the end, or to a signal in
+    `stop`. Returns whether it came to the end."""
     log_dir, start, begin = Path(args.log_dir), latest["step"] if latest else 0, time.time()
     optimizers = model.configure_optimizers(args.max_lr, args.weight_decay, args.optimizer == "muon")
     owners = assign_owners(model) if args.zero and WORLD_SIZE > 1 else {}
@@ -813,7 +895,7 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
             figures = {}  # the evaluation may have ended early
             save("latest.pt")
             print0(f"stopped after {step} steps" + "; --resume goes on" * bool(args.checkpoint_every))
-            return
+            return False
         if figures:
             print0(f"step {step:5d}", *(f"| {name} {value:.4f}" for name, value in figures.items()))
             log(args, step, **figures)
@@ -824,7 +906,7 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
             with contextlib.nullcontext() if last else warn_only("training goes on without it"):
                 save(f"model_{step:05d}.pt", "latest.pt")
         if last:
-            return
+            return True
 
         # One step.
         t0, lr = time.time(), get_lr(step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
@@ -836,9 +918,7 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
             raise
         if not math.isfinite(loss + norm):
             raise UserError(f"step {step}: loss {loss}, norm {norm}: lower --max_lr, and begin again")
-        mean = (time.time() - begin) / (step + 1 - start)  # seconds a step, with evaluations
-        speed = describe_speed(args, model, time.time() - t0, mean * (args.max_steps - step - 1))
-        print0(f"step {step:5d} | loss {loss:.6f} | lr {lr:.3e} | norm {norm:.4f} | {speed}")
+        print_step(args, model, step, start, loss, lr, norm, time.time() - t0, time.time() - begin)
         log(args, step, train=loss, lr=lr, norm=norm)
 
 
@@ -915,12 +995,14 @@ def main(argv=None):
             if RANK == 0:
                 open_log(args, latest, config, loader)
         n_params, n_tokens = sum(p.numel() for p in model.parameters()), loader.rows_per_epoch * args.T
-        how = f"{WORLD_SIZE} x {args.device}, {args.dtype}{', compiled' * args.compile}"
-        print0(f"{args.model}: {n_params:,} parameters; {how}; log in {args.log_dir}")
-        batch = f"{args.total_batch_size:,} a step, {args.B} x {args.T} at a time"
-        print0(f"{args.data}: {n_tokens:,} tokens; {batch}")
-        stop = catch_signals(stack) if args.max_steps > 0 else []
-        train(args, model, loader, val_loader, data.bytes_per_token, tokenizer, items, latest, stop)
+        print0(f"model: {args.model}, {n_params:,} parameters; log in {args.log_dir}")
+        print0(f"data: {args.data}, {n_tokens:,} tokens in an epoch")
+        print0(f"batch: {args.total_batch_size:,} tokens a step, {args.B} x {args.T} at a time")
+        print0(f"device: {WORLD_SIZE} x {args.device}, {args.dtype}{', compiled' * args.compile}")
+        stop, begin = catch_signals(stack) if args.max_steps > 0 else [], time.time()
+        what = args, model, loader, val_loader, data.bytes_per_token, tokenizer, items, latest, stop
+        if train(*what) and args.max_steps > 0:
+            print_next(args, time.time() - begin)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 

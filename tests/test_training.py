@@ -1,9 +1,11 @@
 """The training script: ranks, resume, kill, signals, compile, logs and checkpoints."""
 
+import importlib
 import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -171,7 +173,7 @@ def test_resume_remembers_the_flags_and_the_data(shards, tmp_path, monkeypatch, 
     Path("edu_fineweb10B").symlink_to(shards)
     Path("log", "model_00008.pt").unlink()
     main("--resume", "--max_steps", 10)
-    assert "input.txt: " in capsys.readouterr().out
+    assert "data: input.txt" in capsys.readouterr().out
     record = json.loads(Path("log", "config.json").read_text())["args"]
     assert (record["n_embd"], record["data"], record["max_steps"]) == (16, "input.txt", 10)
     assert load("log/model_00010.pt")["step"] == 10
@@ -318,9 +320,57 @@ def test_git_is_not_called_through_a_shell(shards, tmp_path):
 def test_one_line_a_step_and_samples(shards, tmp_path, capsys):
     main("--data", shards, *RUN, "--max_steps", 3, "--sample_every", 2, "--log_dir", tmp_path / "log")
     out = capsys.readouterr().out
-    line = r"step +\d+ \| loss \d+\.\d+ \| lr \S+ \| norm \S+ \| \d+ ms \| [\d,]+ tok/s \| eta \d:\d\d:\d\d"
+    line = r"step +\d+ \| loss \d+\.\d+ \| lr \S+ \| norm \S+ \| \d+ ms \| eta \d:\d\d:\d\d"
     assert len(re.findall(line, out)) == 3
     assert out.count("sample 4: Hello, I'm a language model,") == 2  # steps 2 and 3, the last
+
+
+def test_print_every(shards, tmp_path, capsys):
+    """A line every so many steps and one for the last; log.txt has all steps."""
+    for every, steps in (3, [0, 3, 6, 7]), (0, []):
+        main("--data", shards, *TINY, "--max_steps", 8, "--print_every", every, "--log_dir", tmp_path / "log")
+        printed = re.findall(r"step +(\d+) \| loss", capsys.readouterr().out)
+        assert [int(step) for step in printed] == steps and list(read_log(tmp_path / "log")) == list(range(8))
+
+
+def test_the_last_lines_are_commands_that_work(shards, tmp_path, monkeypatch, capsys):
+    """Flags that differ from those of a bare call are in them: a preset of other shards, a name with a space."""
+    monkeypatch.chdir(tmp_path)
+    flags = [*TINY, "--max_steps", 4, "--val_tokens", 64, "--data"]
+    shards.rename("my shards")
+    for data, log_dir in ("my shards", "my log"), (ROOT / "input.txt", "log"):
+        main(*flags, data, "--log_dir", log_dir)
+        *_, written, _, _, look, _, _, longer, _, _, install, notebook = capsys.readouterr().out.splitlines()
+        assert written == f"written: {log_dir}/log.txt, {log_dir}/model_00004.pt, {log_dir}/latest.pt"
+        look, longer, notebook = (shlex.split(line) for line in (look, longer, notebook))
+        assert Path(look[1]).samefile(ROOT / "train_gpt2.py") and Path(notebook[-1]).samefile(ROOT / "play.ipynb")
+        main(*look[2:], "--device", "cpu", "--val_tokens", 2048)
+        assert "step     0 | val" in capsys.readouterr().out
+        main(*longer[2:])
+        assert list(read_log(log_dir)) == list(range(8))
+        capsys.readouterr()
+
+
+def test_no_line_of_a_run_is_wider_than_a_terminal(tmp_path, monkeypatch, capsys):
+    """The first run, shortened, where the script lies in the current directory; the samples apart."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt2, "__file__", str(tmp_path / "train_gpt2.py"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    Path("input.txt").write_text((ROOT / "input.txt").read_text()[:20_000])
+    small = ["--n_layer", 1, "--n_embd", 16, "--sample_every", 0]
+    main(*small, "--max_steps", 12, "--val_tokens", 128, "--print_every", 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 20 and max(map(len, lines)) <= 79
+    assert ".venv/bin/python train_gpt2.py --resume --max_steps 24" in lines
+
+
+@pytest.mark.parametrize("name", ["train_gpt2", "fineweb", "hellaswag"])
+def test_help_is_80_columns_wide(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 30 and max(map(len, lines)) <= 79
 
 
 @pytest.fixture
@@ -340,10 +390,14 @@ def clock(monkeypatch):
 def test_time_of_a_step_tokens_a_second_and_time_left(shards, tmp_path, capsys, clock):
     """128 tokens in 2 seconds. Time left counts evaluations: 6 + 2 seconds for the first of 4 steps, so 8 for each to come."""
     main("--data", shards, *TINY, "--max_steps", 4, "--val_every", 3, "--log_dir", tmp_path / "log")
-    lines = [line.split(" | ")[-3:] for line in capsys.readouterr().out.splitlines() if "| loss" in line]
-    assert lines[0] == ["2000 ms", "64 tok/s", "eta 0:00:24"]
-    assert lines[1] == ["2000 ms", "64 tok/s", "eta 0:00:10"]  # 10 seconds for 2 steps, 2 to come
-    assert lines[3] == ["2000 ms", "64 tok/s", "eta 0:00:00"]
+    said = capsys.readouterr().out
+    lines = [line.split(" | ")[-2:] for line in said.splitlines() if "| loss" in line]
+    assert lines[0] == ["2000 ms", "eta 0:00:24"]
+    assert lines[1] == ["2000 ms", "eta 0:00:10"]  # 10 seconds for 2 steps, 2 to come
+    assert lines[3] == ["2000 ms", "eta 0:00:00"]
+    assert "finished after 0:00:26" in said  # 4 steps, and validation after 0, 3 and 4 of them
+    main("--resume", "--log_dir", tmp_path / "log", "--max_steps", 30, "--val_every", 0)
+    assert "2000 ms a step, 64 tok/s; 0:00:30 to go" in capsys.readouterr().out.splitlines()  # after 11 of 26 steps
 
 
 @pytest.mark.parametrize(
@@ -356,15 +410,16 @@ def test_share_of_the_peak(monkeypatch, name, peak):
     with torch.device("meta"):
         model = GPT(GPTConfig())
     args = SimpleNamespace(device="cuda", total_batch_size=2**19, T=1024)
-    said = train_gpt2.describe_speed(args, model, 0.25, 7384.4)
+    said = train_gpt2.describe_speed(args, model, 0.25)
     flops = 6 * 123_653_376 + 113_246_208
-    assert said == f"250 ms | 2,097,152 tok/s | mfu {flops * 2**19 / 0.25 / (8 * peak):.1%} | eta 2:03:04"
+    assert said == f"250 ms a step, 2,097,152 tok/s, mfu {flops * 2**19 / 0.25 / (8 * peak):.1%}"
+    assert train_gpt2.hours(7384.4) == "2:03:04" and train_gpt2.hours(100 * 3600 - 0.4) == "100:00:00"
 
 
 def test_no_share_of_a_peak_that_is_not_known(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card of tomorrow")
     args = SimpleNamespace(device="cuda", total_batch_size=1000, T=8)
-    assert "mfu" not in train_gpt2.describe_speed(args, GPT(GPTConfig(8, 16, 1, 1, 8)), 0.5, 0)
+    assert "mfu" not in train_gpt2.describe_speed(args, GPT(GPTConfig(8, 16, 1, 1, 8)), 0.5)
 
 
 @pytest.fixture
@@ -460,7 +515,7 @@ def test_training_on_text_learns(tmp_path, capsys):
     main("--data", ROOT / "input.txt", "--max_steps", 60, "--val_tokens", 2048, "--log_dir", tmp_path / "log")
     losses = read_log(tmp_path / "log")
     assert abs(losses[0] - math.log(384)) < 0.2 and losses[59] < 2.8
-    assert "sample 4: Hello, I'm a language model," in capsys.readouterr().out
+    assert "sample 1: Tamsin Vane:" in capsys.readouterr().out  # a name from the play, so that it is continued as one
 
 
 # --------------------------------------------------------------------------------------------------
