@@ -6,8 +6,8 @@ AdamW and Muon at several learning rates, three seeds each.
     python benchmarks/learning_rate.py --data input.txt --steps 100 --seeds 1
 
 Prints the validation loss at the end, mean and standard deviation over seeds, and after what share of the
-steps each setting passed the final loss of AdamW at the lecture's rate and at its best one. Trainings run
-side by side, one a core.
+steps each setting passed the final loss of AdamW at the lecture's rate and at its best one. Losses that
+differ by less than their deviations are no evidence. Trainings run side by side, one a core.
 """
 
 import sys

@@ -1,9 +1,10 @@
 """
 What is a finished small model worth to a larger one? The tiny preset with 3 layers, on GPT-2's tokens and
 8 x 128 of them a step, trained to the end, is grown to 4 layers (layer j begins as layer floor(j * 3 / 4))
-and trained on, beside one of 4 layers from scratch; three seeds.
+and trained on, beside one of 4 layers from scratch, and the 3 layers trained on for as long, which is the
+control: what more training alone would have given. Three seeds.
 
-    python benchmarks/warm_start.py            # Python's standard library as text, 8 minutes on 2 cores
+    python benchmarks/warm_start.py            # Python's standard library as text, some 10 minutes on 2 cores
     python benchmarks/warm_start.py --data input.txt --steps 100 --seeds 1
 
 Prints the losses and how many steps the grown model needs for the final loss of the one from scratch, and
@@ -33,7 +34,7 @@ def main():
     parser.add_argument("--data", help="text file or directory of shards (Python's standard library)")
     parser.add_argument("--tokenizer", default="gpt2", help="of a text file (%(default)s)")
     parser.add_argument("--layers", type=int, nargs=2, default=[3, 4], help="of the two models (%(default)s)")
-    parser.add_argument("--max_lr", type=float, default=2e-3, help="of all three (%(default)s)")
+    parser.add_argument("--max_lr", type=float, default=2e-3, help="of all trainings (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=250, help="of each training (%(default)s)")
     parser.add_argument("--out", default="warm_start.png", help="the chart (%(default)s)")
@@ -48,8 +49,9 @@ def main():
         def grown(seed):  # the small one first
             first, second = Path(directory, f"small-{seed}"), Path(directory, f"grown-{seed}")
             before = train(first, args.steps, seed=seed, n_layer=small, **common)
-            more = {"n_layer": large, "init_from": first / "latest.pt"}
-            return before, train(second, args.steps, seed=seed, **more, **common)
+            more = {"init_from": first / "latest.pt", "seed": seed} | common
+            after = train(second, args.steps, n_layer=large, **more)
+            return before, after, train(Path(directory, f"on-{seed}"), args.steps, n_layer=small, **more)
 
         def scratch(seed):
             return train(Path(directory, f"scratch-{seed}"), args.steps, seed=seed, n_layer=large, **common)
@@ -57,14 +59,14 @@ def main():
         jobs = [pool.submit(way, seed) for seed in range(args.seeds) for way in (grown, scratch)]
         runs = [job.result() for job in tqdm(jobs)]
     steps = np.array(list(runs[1]))
-    befores, afters = zip(*runs[::2])
-    names = f"{small} layers", f"{large} layers, grown", f"{large} layers, from scratch"
-    three = zip(names, (befores, afters, runs[1::2]))
-    curves = {name: np.array([list(run.values()) for run in seeds]) for name, seeds in three}
+    befores, afters, controls = zip(*runs[::2])
+    names = f"{small} layers", f"{large} layers, grown", f"{large} layers, from scratch", f"{small} layers, on"
+    four = zip(names, (befores, afters, runs[1::2], controls))
+    curves = {name: np.array([list(run.values()) for run in seeds]) for name, seeds in four}
     print(f"{'validation loss':24} {'at step 0':>9} {'at the end':>10} {'std':>6}")
     for name, losses in curves.items():
         print(f"{name:24} {losses[:, 0].mean():9.4f} {losses[:, -1].mean():10.4f} {losses[:, -1].std():6.4f}")
-    _, after, fresh = (losses.mean(axis=0) for losses in curves.values())
+    _, after, fresh, _ = (losses.mean(axis=0) for losses in curves.values())
     passed = np.flatnonzero(after <= fresh[-1])
     when = f"after {steps[passed[0]]} of {args.steps} steps" if len(passed) else "not"
     print(f"the grown model has the final loss of the one from scratch {when}")
@@ -72,7 +74,7 @@ def main():
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for (name, losses), color in zip(curves.items(), ("#999999", "#d0701c", "#3465a4")):
+    for (name, losses), color in zip(curves.items(), ("#999999", "#d0701c", "#3465a4", "#444444")):
         at = steps - args.steps if name == f"{small} layers" else steps
         ax.plot(at, losses.mean(axis=0), color=color, label=f"{name}: {losses[:, -1].mean():.3f}")
         ax.fill_between(at, losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.2, lw=0)

@@ -49,10 +49,11 @@ def test_learning_rates_are_compared(run, tmp_path):
 def test_a_grown_model_is_compared_with_one_from_scratch(run, tmp_path):
     flags = ["--data", ROOT / "input.txt", "--tokenizer", "bytes", "--layers", 1, 2, "--seeds", 1]
     said = run("warm_start", *flags, "--steps", 10, "--out", tmp_path / "chart.png").splitlines()
-    losses = {line[:24].strip(): [float(word) for word in line[24:].split()] for line in said[1:4]}
+    losses = {line[:24].strip(): [float(word) for word in line[24:].split()] for line in said[1:5]}
     before, (start, *_) = losses["1 layers"][1], losses["2 layers, grown"]
     assert abs(start - before) < 0.2 < losses["2 layers, from scratch"][0] - start
-    assert "final loss of the one from scratch after" in said[4]
+    assert abs(losses["1 layers, on"][0] - before) < 0.05  # the control begins where the small model ended
+    assert "final loss of the one from scratch after" in said[5]
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -68,8 +69,8 @@ def test_hellaswag_guesses_as_the_plain_way_does(run):
 @needs_bpe
 def test_fineweb_makes_the_shards_of_the_plain_way(run, monkeypatch):
     """The benchmark itself compares all shards."""
-    monkeypatch.setattr("benchmarks.tokenize.SHARD_SIZE", 100_000)
-    said = run("tokenize", "--megabytes", 1, "--rounds", 1)
+    monkeypatch.setattr("benchmarks.tokenizing.SHARD_SIZE", 100_000)
+    said = run("tokenizing", "--megabytes", 1, "--rounds", 1)
     assert "the same from both" in said and "medians" in said
 
 

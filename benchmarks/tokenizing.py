@@ -1,8 +1,8 @@
 """
 fineweb.py against the plain way: one worker process, to which `pool.imap` sends documents, 16 at a time.
 
-    python benchmarks/tokenize.py              # 200 MB of the Python sources on this machine, three rounds
-    python benchmarks/tokenize.py --input 'a/*.parquet' --rounds 5
+    python benchmarks/tokenizing.py              # 200 MB of the Python sources on this machine, three rounds
+    python benchmarks/tokenizing.py --input 'a/*.parquet' --rounds 5
 
 Prints the tokens a second of both, medians of alternating runs from start to finish (imports apart), and
 their ratio. Shards that differ are an error.
@@ -11,7 +11,6 @@ their ratio. Shards that differ are an error.
 import sys
 from pathlib import Path
 
-# The project is importable, and this file does not hide Python's own `tokenize`.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
