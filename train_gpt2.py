@@ -332,9 +332,9 @@ PRESETS = {
     "gpt-760m": {"n_layer": 24, "max_lr": 2e-4, "max_steps": 82000, "dropout": 0.1} | GROWN,
     # For a laptop.
     "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "B": 16, "T": 128, "total_batch_size": 2**11,
-             "max_lr": 2e-3, "max_steps": 1000, "warmup_steps": 50, "hellaswag_every": 0, "sample_every": 500,
-             "prompt": "Tamsin Vane:", "num_samples": 2, "max_new_tokens": 200, "print_every": 20,
-             "tokenizer": "bytes"},
+             "max_lr": 2e-3, "max_steps": 1000, "warmup_steps": 50, "val_every": 100, "hellaswag_every": 0,
+             "sample_every": 500, "prompt": "Tamsin Vane:", "num_samples": 2, "max_new_tokens": 200,
+             "print_every": 20, "tokenizer": "bytes"},
 }  # fmt: skip
 SHAPE = ("n_layer", "n_head", "n_embd")
 # A resumed run goes on with the same model on the same batches, so these flags can't change, nor can the
