@@ -345,10 +345,10 @@ FIXED = (*SHAPE, "T", "total_batch_size", "seed", "shuffle", "optimizer", "shard
 def preset_table(parser):
     """The presets as text: a column for each of the main flags, and below it what else differs from gpt2."""
     columns = "n_layer", "n_head", "n_embd", "T", "B", "total_batch_size", "max_steps", "max_lr"
-    lines = [" ".join((f"{'presets:':13}", *(f"{name:>2}" for name in columns)))]
-    for preset, values in PRESETS.items():
-        cells = (f"{values.get(name, parser.get_default(name)):>{max(len(name), 2)}}" for name in columns)
-        lines.append(" ".join((f"  {preset:11}", *cells)))
+    lines, widths = [], (7, 6, 6, 4, 2, 16, 9, 7)
+    for preset, values in {"presets:": dict(zip(columns, columns)), **PRESETS}.items():
+        cells = [values.get(name, parser.get_default(name)) for name in columns]
+        lines.append(" ".join((f"{preset:12}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths)))))
     for preset, values in PRESETS.items():
         others = ", ".join(f"{name} {value}" for name, value in values.items() if name not in columns)
         lines += textwrap.wrap(f"{preset} also: {others}", 79, subsequent_indent="  ") * bool(others)
@@ -382,14 +382,12 @@ def add_flags(parser):
 
     group = parser.add_argument_group("data")
     data = "edu_fineweb10B" if any(Path("edu_fineweb10B").glob("*train*")) else "input.txt"
-    flag("data", str, data, "directory of shards (edu_fineweb10B if it exists) or text file", metavar="PATH")
-    flag("tokenizer", str, "gpt2", "of a text file: gpt2, bytes, or a tokenizer.json", metavar="NAME")
+    flag("data", str, data, "directory of shards (edu_fineweb10B if it exists) or text file")
+    flag("tokenizer", str, "gpt2", "of a text file: gpt2, bytes, or a tokenizer.json of Hugging Face")
     flag("shuffle", bool, True, "a new order of shards and documents in every epoch")
     group = parser.add_argument_group("model")
-    flag("model", str, None, "preset, listed below (gpt2 for shards, tiny for a text file)", choices=PRESETS,
-         metavar="PRESET")  # fmt: skip
-    flag("init_from", str, None, "begin with weights: a released name, Hugging Face directory or .pt file",
-         metavar="WEIGHTS")  # fmt: skip
+    flag("model", str, None, "preset (gpt2 for shards, else tiny)", choices=PRESETS, metavar="PRESET")
+    flag("init_from", str, None, "begin with weights: a released name, Hugging Face directory or .pt file")
     flag("n_layer", int, 12, "layers; with --init_from, more than the weights have make the model grow")
     flag("n_head", int, 12, "attention heads")
     flag("n_embd", int, 768, "width of the residual stream")
@@ -413,7 +411,7 @@ def add_flags(parser):
     flag("hellaswag_every", int, 250, "steps between HellaSwag evaluations, 0: never")
     group = parser.add_argument_group("sampling")
     flag("sample_every", int, 250, "steps between samples, 0: never")
-    flag("prompt", str, "Hello, I'm a language model,", "text that samples continue", metavar="TEXT")
+    flag("prompt", str, "Hello, I'm a language model,", "text that samples continue")
     flag("num_samples", int, 5, "samples on each rank")
     flag("max_new_tokens", int, 22, "tokens of a sample")
     flag("top_k", int, 50, "sample from the k most likely tokens")
@@ -425,7 +423,7 @@ def add_flags(parser):
     flag("compile", bool, None, "torch.compile: a minute's wait, then faster steps (on cuda)")
     flag("print_every", int, 1, "steps between printed lines, 0: none; log.txt has all steps")
     flag("checkpoint_every", int, 5000, "steps between checkpoints, 0: never, not even at the end")
-    flag("log_dir", str, "log", "directory for log.txt and checkpoints", metavar="DIR")
+    flag("log_dir", str, "log", "directory for log.txt and checkpoints")
     flag("resume", bool, False, "go on from log_dir/latest.pt; flags that are left out are as they were")
 
 
@@ -696,7 +694,7 @@ def open_log(args, latest, config, loader):
         backup.mkdir()
         for path in earlier:
             path.rename(backup / path.name)
-        print0(f"{log_dir} had the files of an earlier run, moved to {backup}")
+        print0(f"{log_dir} had files of an earlier run, moved to {backup}\n(--resume goes on with an earlier run)")
     elif log_file.exists():
         with readable(log_file, "move it away"):  # after a crash, the last line may be cut off
             lines = [line for line in log_file.read_text().splitlines(True) if line.endswith("\n")]
