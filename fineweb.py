@@ -115,8 +115,22 @@ def readable(path, mend):
         raise UserError(f"{path} can't be read ({reason}): {mend}") from None
 
 
+def make_parser(description):
+    """An ArgumentParser whose --help is 79 characters wide, and which leaves the description as it is."""
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=79)
+    usage = "%(prog)s [flags]"
+    parser = argparse.ArgumentParser(None, usage, description, formatter_class=formatter, allow_abbrev=False)
+
+    def fail(message):
+        raise UserError(message)
+
+    if RANK > 0:  # argparse would print on every rank; `run` delays the others, so that rank 0 is heard
+        parser.error = fail
+    return parser
+
+
 def nonempty(text):
-    """The type of flags with a name or a text. An empty one is most often a shell variable that is not set."""
+    """The type of a flag with a text. An empty one is most often a shell variable that is not set."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty: give it a value, or leave it out")
     return text
@@ -542,9 +556,7 @@ def write_shards(out, meta, sources, tokenizer, workers):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]", allow_abbrev=False)
-    raw = argparse.RawDescriptionHelpFormatter  # leaves the lines of __doc__ as they are
-    parser.formatter_class = functools.partial(raw, width=79)
+    parser = make_parser(__doc__)
     flag = functools.partial(parser.add_argument, type=nonempty)
     flag("--input", nargs="+", metavar="FILE", help=".parquet, .jsonl or .txt (one document); patterns too")
     flag("--mix", nargs="+", metavar="PATTERN:SHARE", help="a share of the documents of each pattern")

@@ -22,7 +22,6 @@ Notable choices:
   capitals may be, is not found.
 """
 
-import argparse
 import functools
 import json
 import math
@@ -40,7 +39,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from fineweb import UserError, complete_file, nonempty, readable, run, write_json
+from fineweb import UserError, complete_file, make_parser, nonempty, readable, run, write_json
 from fineweb import find_shards, get_tokenizer, open_shard
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{}.jsonl"
@@ -207,9 +206,7 @@ def contamination(items, paths, tokenizer):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags]", allow_abbrev=False)
-    raw = argparse.RawDescriptionHelpFormatter  # leaves the lines of __doc__ as they are
-    parser.formatter_class = functools.partial(raw, width=79)
+    parser = make_parser(__doc__)
     flag = functools.partial(parser.add_argument, type=nonempty)
     flag("-m", "--model", help="released name, Hugging Face directory or .pt checkpoint")
     flag("-d", "--device", choices=("cpu", "cuda", "mps"), help="(cuda where there is one, else cpu)")

@@ -28,7 +28,6 @@ import functools
 import math
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -37,7 +36,7 @@ import textwrap
 import time
 import zipfile
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +47,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
-from fineweb import UserError, complete_file, locked, nonempty, readable, run, warn_only, write_json
-from fineweb import find_shards, get_tokenizer, load_text, open_shard, save_tokenizer
+from fineweb import UserError, complete_file, find_shards, get_tokenizer, load_text, locked, make_parser
+from fineweb import nonempty, open_shard, readable, run, save_tokenizer, warn_only, write_json
 
 # torchrun sets these for each process; without it there is one process.
 RANK = int(os.environ.get("RANK", 0))  # number of this process among those of all nodes
@@ -232,7 +231,7 @@ class GPT(nn.Module):
             if tokenizer not in ("gpt2", "bytes"):
                 tokenizer = str(Path(name_or_dir, tokenizer))
             model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, 0.0, tokenizer))
-            model.load_state_dict(transpose_conv1d(hf.float().state_dict()))
+            model.load_state_dict(transpose_conv1d(hf.state_dict()))
         return model.eval()
 
     def save_pretrained(self, directory):
@@ -356,22 +355,8 @@ def preset_table(parser):
 
 
 def build_parser():
-    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=79)
-    parser = argparse.ArgumentParser(
-        description=__doc__, usage="%(prog)s [flags]", allow_abbrev=False, formatter_class=formatter
-    )
+    parser = make_parser(__doc__)
 
-    def fail(message):
-        raise UserError(message)
-
-    if RANK > 0:  # argparse would print on every rank; `run` delays the others, so that rank 0 is heard
-        parser.error = fail
-    add_flags(parser)
-    parser.epilog = preset_table(parser)
-    return parser
-
-
-def add_flags(parser):
     def flag(name, kind, default, help, **options):
         kinds = {bool: {"action": argparse.BooleanOptionalAction}, str: {"type": nonempty}}
         options |= kinds.get(kind, {"type": kind})
@@ -425,6 +410,8 @@ def add_flags(parser):
     flag("checkpoint_every", int, 5000, "steps between checkpoints, 0: never, not even at the end")
     flag("log_dir", str, "log", "directory for log.txt and checkpoints")
     flag("resume", bool, False, "go on from log_dir/latest.pt; flags that are left out are as they were")
+    parser.epilog = preset_table(parser)
+    return parser
 
 
 def parse_args(argv=None):
@@ -694,7 +681,7 @@ def open_log(args, latest, config, loader):
         backup.mkdir()
         for path in earlier:
             path.rename(backup / path.name)
-        print0(f"{log_dir} had files of an earlier run, moved to {backup}\n(--resume goes on with an earlier run)")
+        print0(f"files of an earlier run are now in {backup}; --resume goes on with a run")
     elif log_file.exists():
         with readable(log_file, "move it away"):  # after a crash, the last line may be cut off
             lines = [line for line in log_file.read_text().splitlines(True) if line.endswith("\n")]
@@ -767,11 +754,6 @@ def get_items(tokenizer, block_size):
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
 
 
-def hours(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
 def describe_speed(args, model, seconds):
     """The speed of a step: ms, tokens a second, and the share of the GPUs' peak (MFU) where that is known."""
     tokens_per_second = args.total_batch_size / seconds
@@ -785,38 +767,22 @@ def describe_speed(args, model, seconds):
     return f"{seconds * 1000:.0f} ms a step, {tokens_per_second:,.0f} tok/s{mfu}"
 
 
-def shown(path):
-    """A path as a command can have it: relative where it is below the current directory, and quoted."""
-    path, here = Path(path), Path.cwd()
-    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
-
-
-def print_next(args, seconds):
-    """Print what the finished run has written, and the commands that come next."""
+def print_next(args):
+    """Print what a finished run has written, and commands that can come next, as they can be pasted."""
     names = ["log.txt", f"model_{args.max_steps:05d}.pt", "latest.pt"][: 3 if args.checkpoint_every else 1]
-    paths, script = [Path(args.log_dir, name) for name in names], shown(__file__)
-    python = "python" if shutil.which("python") == sys.executable else shown(sys.executable)
-    print0(f"finished after {hours(seconds)}\nwritten: {', '.join(map(str, paths))}")
+    print0("written:", *(Path(args.log_dir, name) for name in names))
     if args.checkpoint_every:
-        parser = build_parser()
-        parser.set_defaults(**PRESETS["gpt2" if Path(args.data).is_dir() else "tiny"])
-        flags = {name: f" --{name} {shlex.quote(str(getattr(args, name)))}"
-                 for name in ("data", "T", "total_batch_size", "log_dir")
-                 if getattr(args, name) != parser.get_default(name)}  # fmt: skip
-        log_dir = flags.pop("log_dir", "")
-        print0("\nThe loss of the model, and samples:")
-        print0(f"{python} {script} --init_from {shown(paths[1])} --max_steps 0{''.join(flags.values())}")
-        ranks = os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE)
-        launcher = python if WORLD_SIZE == 1 else f"torchrun --nproc_per_node={ranks}"
-        print0("\nTwice as many steps:")
-        print0(f"{launcher} {script} --resume --max_steps {2 * args.max_steps}{log_dir}")
-    print0(f"\nPictures of the runs in log*/:\n{python} -m pip install notebook")
-    print0(f"{python} -m notebook {shown(Path(__file__).with_name('play.ipynb'))}")
+        python = os.path.relpath(sys.executable)
+        launcher = python if WORLD_SIZE == 1 else f"torchrun --nproc_per_node={WORLD_SIZE}"
+        resume = shlex.join([os.path.relpath(__file__), "--resume", "--log_dir", args.log_dir])
+        print0(f"\nIts loss and samples:\n{python} {resume} --prompt 'The tide'")
+        print0(f"\nTwice as many steps:\n{launcher} {resume} --max_steps {2 * args.max_steps}")
+    print0("\nIts curves: play.ipynb, with Jupyter")
 
 
 def print_step(args, model, step, start, loss, lr, norm, seconds, total):
     """Print a step's line if it is due. seconds: of the step; total: since step `start`, with evaluations."""
-    eta = hours(total / (step + 1 - start) * (args.max_steps - step - 1))
+    eta = timedelta(seconds=round(total / (step + 1 - start) * (args.max_steps - step - 1)))
     if step == start + 10:  # by now the model is compiled
         print0(f"{describe_speed(args, model, seconds)}; {eta} to go")
     if args.print_every and (step % args.print_every == 0 or step + 1 == args.max_steps):
@@ -862,8 +828,7 @@ def evaluate(due, args, model, val_loader, bytes_per_token, items, stop):
 
 
 def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, latest, stop):
-    """Train from the step of `latest`, what latest.pt holds, else from step 0, to the end, or to a signal in
-    `stop`. Returns whether it came to the end."""
+    """Train from the step of `latest`, what latest.pt holds, else from step 0. A signal in `stop` ends it."""
     log_dir, start, begin = Path(args.log_dir), latest["step"] if latest else 0, time.time()
     optimizers = model.configure_optimizers(args.max_lr, args.weight_decay, args.optimizer == "muon")
     owners = assign_owners(model) if args.zero and WORLD_SIZE > 1 else {}
@@ -893,7 +858,7 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
             figures = {}  # the evaluation may have ended early
             save("latest.pt")
             print0(f"stopped after {step} steps" + "; --resume goes on" * bool(args.checkpoint_every))
-            return False
+            return
         if figures:
             print0(f"step {step:5d}", *(f"| {name} {value:.4f}" for name, value in figures.items()))
             log(args, step, **figures)
@@ -904,7 +869,7 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
             with contextlib.nullcontext() if last else warn_only("training goes on without it"):
                 save(f"model_{step:05d}.pt", "latest.pt")
         if last:
-            return True
+            return
 
         # One step.
         t0, lr = time.time(), get_lr(step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
@@ -997,10 +962,10 @@ def main(argv=None):
         print0(f"data: {args.data}, {n_tokens:,} tokens in an epoch")
         print0(f"batch: {args.total_batch_size:,} tokens a step, {args.B} x {args.T} at a time")
         print0(f"device: {WORLD_SIZE} x {args.device}, {args.dtype}{', compiled' * args.compile}")
-        stop, begin = catch_signals(stack) if args.max_steps > 0 else [], time.time()
-        what = args, model, loader, val_loader, data.bytes_per_token, tokenizer, items, latest, stop
-        if train(*what) and args.max_steps > 0:
-            print_next(args, time.time() - begin)
+        stop = catch_signals(stack) if args.max_steps > 0 else []
+        train(args, model, loader, val_loader, data.bytes_per_token, tokenizer, items, latest, stop)
+        if args.max_steps > 0 and not stop:
+            print_next(args)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 

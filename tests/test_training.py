@@ -334,21 +334,19 @@ def test_print_every(shards, tmp_path, capsys):
 
 
 def test_the_last_lines_are_commands_that_work(shards, tmp_path, monkeypatch, capsys):
-    """Flags that differ from those of a bare call are in them: a preset of other shards, a name with a space."""
+    """Also for names with a space, as the shell takes the lines apart."""
     monkeypatch.chdir(tmp_path)
-    flags = [*TINY, "--max_steps", 4, "--val_tokens", 64, "--data"]
     shards.rename("my shards")
-    for data, log_dir in ("my shards", "my log"), (ROOT / "input.txt", "log"):
-        main(*flags, data, "--log_dir", log_dir)
-        *_, written, _, _, look, _, _, longer, _, _, install, notebook = capsys.readouterr().out.splitlines()
-        assert written == f"written: {log_dir}/log.txt, {log_dir}/model_00004.pt, {log_dir}/latest.pt"
-        look, longer, notebook = (shlex.split(line) for line in (look, longer, notebook))
-        assert Path(look[1]).samefile(ROOT / "train_gpt2.py") and Path(notebook[-1]).samefile(ROOT / "play.ipynb")
-        main(*look[2:], "--device", "cpu", "--val_tokens", 2048)
-        assert "step     0 | val" in capsys.readouterr().out
-        main(*longer[2:])
-        assert list(read_log(log_dir)) == list(range(8))
-        capsys.readouterr()
+    main(*TINY, "--max_steps", 4, "--sample_every", 4, "--data", "my shards", "--log_dir", "my log")
+    *_, written, _, _, look, _, _, longer, _, curves = capsys.readouterr().out.splitlines()
+    assert written == "written: my log/log.txt my log/model_00004.pt my log/latest.pt" and "play.ipynb" in curves
+    look, longer = shlex.split(look), shlex.split(longer)
+    assert Path(look[0]).samefile(sys.executable) and Path(look[1]).samefile(ROOT / "train_gpt2.py")
+    main(*look[2:])
+    out = capsys.readouterr().out
+    assert "step     4 | val" in out and "sample 4: The tide" in out
+    main(*longer[2:])
+    assert list(read_log("my log")) == list(range(8))
 
 
 def test_no_line_of_a_run_is_wider_than_a_terminal(tmp_path, monkeypatch, capsys):
@@ -361,7 +359,7 @@ def test_no_line_of_a_run_is_wider_than_a_terminal(tmp_path, monkeypatch, capsys
     main(*small, "--max_steps", 12, "--val_tokens", 128, "--print_every", 1)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 20 and max(map(len, lines)) <= 79
-    assert ".venv/bin/python train_gpt2.py --resume --max_steps 24" in lines
+    assert ".venv/bin/python train_gpt2.py --resume --log_dir log --max_steps 24" in lines
 
 
 @pytest.mark.parametrize("name", ["train_gpt2", "fineweb", "hellaswag"])
@@ -395,7 +393,6 @@ def test_time_of_a_step_tokens_a_second_and_time_left(shards, tmp_path, capsys, 
     assert lines[0] == ["2000 ms", "eta 0:00:24"]
     assert lines[1] == ["2000 ms", "eta 0:00:10"]  # 10 seconds for 2 steps, 2 to come
     assert lines[3] == ["2000 ms", "eta 0:00:00"]
-    assert "finished after 0:00:26" in said  # 4 steps, and validation after 0, 3 and 4 of them
     main("--resume", "--log_dir", tmp_path / "log", "--max_steps", 30, "--val_every", 0)
     assert "2000 ms a step, 64 tok/s; 0:00:30 to go" in capsys.readouterr().out.splitlines()  # after 11 of 26 steps
 
@@ -413,7 +410,6 @@ def test_share_of_the_peak(monkeypatch, name, peak):
     said = train_gpt2.describe_speed(args, model, 0.25)
     flops = 6 * 123_653_376 + 113_246_208
     assert said == f"250 ms a step, 2,097,152 tok/s, mfu {flops * 2**19 / 0.25 / (8 * peak):.1%}"
-    assert train_gpt2.hours(7384.4) == "2:03:04" and train_gpt2.hours(100 * 3600 - 0.4) == "100:00:00"
 
 
 def test_no_share_of_a_peak_that_is_not_known(monkeypatch):
