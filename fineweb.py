@@ -64,6 +64,13 @@ class UserError(Exception):
     """A mistake in a flag or a file. The message is one line that names the thing and says how to mend it."""
 
 
+def print0(*args):
+    """Print on rank 0 only, and at once. A closed pipe or a full disk behind it does not end the run."""
+    if RANK == 0:
+        with contextlib.suppress(OSError):
+            print(*args, flush=True)
+
+
 def run(main):
     """Call `main()`. A UserError or an OSError is printed as one `error:` line, with exit status 2."""
     try:
@@ -142,8 +149,7 @@ def warn_only(what):
     try:
         yield
     except (UserError, OSError) as e:
-        if RANK == 0:
-            print(f"warning: {e}; {what}", flush=True)
+        print0(f"warning: {e}; {what}")
 
 
 @contextlib.contextmanager
@@ -355,8 +361,8 @@ def find_shards(directory):
             entry = meta["shards"].get(path.name)
             if entry is None or entry["tokens"] != len(open_shard(path)):
                 raise UserError(f"{path} is not the shard that {file} describes: make it again, or move it")
-        if not meta["complete"] and RANK == 0:
-            print(f"warning: {directory} is not complete: the same call of fineweb.py goes on with it")
+        if not meta["complete"]:
+            print0(f"warning: {directory} is not complete: the same call of fineweb.py goes on with it")
         val = [meta["shards"][path.name] for path in splits["val"].values()]
         bytes_per_token = sum(entry["bytes"] for entry in val) / sum(entry["tokens"] for entry in val)
         own = file.with_name("tokenizer.json")  # the copy of a tokenizer of Hugging Face

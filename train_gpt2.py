@@ -48,18 +48,12 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
 from fineweb import UserError, complete_file, find_shards, get_tokenizer, load_text, locked, make_parser
-from fineweb import nonempty, open_shard, readable, run, save_tokenizer, warn_only, write_json
+from fineweb import nonempty, open_shard, print0, readable, run, save_tokenizer, warn_only, write_json
 
 # torchrun sets these for each process; without it there is one process.
 RANK = int(os.environ.get("RANK", 0))  # number of this process among those of all nodes
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # its number on this node; it uses the GPU of that number
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-
-
-def print0(*args):
-    """Print on rank 0 only, without waiting for a buffer to fill."""
-    if RANK == 0:
-        print(*args, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -732,8 +726,9 @@ def print_samples(model, tokenizer, args):
     options = args.max_new_tokens, args.top_k, generator, args.temperature, tokenizer.n_vocab
     with autocast(args):
         rows = model.generate(prompt.expand(args.num_samples, -1), *options)
-    for i, row in enumerate(rows.tolist()):
-        print(f"rank {RANK} sample {i}: {tokenizer.decode(row)}", flush=True)
+    with contextlib.suppress(OSError):  # as in print0, but on all ranks
+        for i, row in enumerate(rows.tolist()):
+            print(f"rank {RANK} sample {i}: {tokenizer.decode(row)}", flush=True)
 
 
 def get_items(tokenizer, block_size):

@@ -155,11 +155,11 @@ def interrupt(name, call, number):
     """Send a signal to this process within the call-th call of a function of train_gpt2."""
     function, calls = getattr(train_gpt2, name), []
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         calls.append(name)
         if len(calls) == call + 1:
             os.kill(os.getpid(), number)
-        return function(*args)
+        return function(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt2, name, interrupted)

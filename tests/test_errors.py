@@ -1,6 +1,7 @@
 """What goes wrong ends in one line that names the thing and the mend, and in status 2."""
 
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -192,3 +193,16 @@ def test_under_torchrun_one_rank_speaks(shards):
         assert done.returncode != 0
         lines = [line for line in done.stderr.splitlines() if line.startswith(("error: ", "train_gpt2.py: error: "))]
         assert lines == [line], done.stderr
+
+
+@pytest.mark.slow
+def test_a_fault_that_one_rank_meets_ends_both(shards, tmp_path):
+    """The third row of the first step is rank 1's. Its line is printed, and no rank waits for the other."""
+    tokens = np.load(shards / "edufineweb_train_000001.npy")
+    tokens[2 * 16 + 5] = 60000
+    np.save(shards / "edufineweb_train_000001.npy", tokens)
+    began = time.monotonic()
+    done = train("--data", shards, *TINY, "--no-shuffle", "--max_steps", 3, "--log_dir", tmp_path / "log", ranks=2)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(lines) == 1 and "has token 60000" in lines[0]
+    assert time.monotonic() - began < 60  # it would wait for minutes

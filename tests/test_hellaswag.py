@@ -525,6 +525,7 @@ def test_clean_and_overlapping_items_are_judged_apart(overlapping, hf, items_fil
 # What others say of the same model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_harness_agrees_item_by_item(name, items_file, tmp_path, monkeypatch):
     """lm-evaluation-harness on the exported model. Its acc is the lowest sum too. (pip install lm_eval)"""
@@ -559,6 +560,7 @@ metric_list: [{{metric: acc}}]
     assert results["results"]["ours"]["acc,none"] == hellaswag.accuracy(ours, items)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_exported_model_runs_in_a_pipeline(name, tmp_path):
     from transformers import AutoModelForCausalLM, pipeline

@@ -43,6 +43,7 @@ def hf(tmp_path):
 def test_logits_loss_and_gradients_equal_hugging_faces(hf):
     reference, directory = hf
     model = GPT.from_pretrained(directory)
+    assert not model.training  # as transformers' own
     idx = torch.randint(50257, (3, 32))
     logits, loss = model(idx, idx.roll(-1, 1))
     theirs = reference(idx).logits
@@ -451,7 +452,7 @@ def test_a_checkpoint_of_the_lecture_loads(tmp_path, prefix):
     torch.save({prefix + name: w for name, w in model.state_dict().items()}, tmp_path / "state.pt")
     subprocess.run([sys.executable, "-c", LECTURE, tmp_path / "state.pt", tmp_path / "log.pt"], check=True)
     back = GPT.from_checkpoint(tmp_path / "log.pt")
-    assert back.config == SMALL
+    assert back.config == SMALL and not back.training
     assert all(torch.equal(w, back.state_dict()[name]) for name, w in model.state_dict().items())
 
 

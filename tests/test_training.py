@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, environment, free_port, interrupt, load, main, read_log, start, succeed, train
+from conftest import ROOT, TINY, command, environment, free_port, interrupt, load, main, read_log, start, succeed, train
 
 import hellaswag
 import train_gpt2
@@ -111,6 +111,18 @@ def test_a_signal_finishes_the_step_saves_and_resumes_exactly(reference, tmp_pat
     assert "stopped after 7 steps; --resume goes on" in capsys.readouterr().out
     assert load(tmp_path / "stopped" / "latest.pt")["step"] == 7
     assert list(read_log(tmp_path / "stopped")) == list(range(7))
+    main("--log_dir", tmp_path / "stopped", "--resume")
+    assert (tmp_path / "stopped" / "log.txt").read_text() == (whole / "log.txt").read_text()
+    assert same_weights(whole / "latest.pt", tmp_path / "stopped" / "latest.pt")
+
+
+@pytest.mark.parametrize("name, call", [("print_samples", 0), ("collect_states", 1), ("evaluate", 9), ("log", 12)])
+def test_a_signal_at_any_moment_loses_nothing(reference, tmp_path, name, call):
+    """While it samples, saves, evaluates or writes the log: the run resumes to the same end."""
+    flags, whole = reference
+    with interrupt(name, call, signal.SIGINT):
+        main(*flags, "--sample_every", 5, "--log_dir", tmp_path / "stopped")
+    assert 0 < load(tmp_path / "stopped" / "latest.pt")["step"] < 20
     main("--log_dir", tmp_path / "stopped", "--resume")
     assert (tmp_path / "stopped" / "log.txt").read_text() == (whole / "log.txt").read_text()
     assert same_weights(whole / "latest.pt", tmp_path / "stopped" / "latest.pt")
@@ -482,6 +494,15 @@ def limit_file_size():
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", ["head -n 1", "cat > /dev/full"])
+def test_output_that_nobody_takes_does_not_end_a_run(shards, tmp_path, reader):
+    flags = ["--data", shards, *RUN, "--sample_every", 5, "--log_dir", tmp_path / "log"]
+    line = f"{shlex.join(command(*flags))} | {reader}"
+    subprocess.run(line, shell=True, env=environment(), capture_output=True, timeout=100)
+    assert load(tmp_path / "log" / "latest.pt")["step"] == 20
 
 
 @pytest.mark.slow
