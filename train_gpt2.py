@@ -919,8 +919,9 @@ def main(argv=None):
     cuda, tokenizer, items = args.device == "cuda", None, None
     if cuda:
         torch.cuda.set_device(LOCAL_RANK)  # from here on, "cuda" means this GPU
-    if WORLD_SIZE > 1:  # gloo for tensors on CPUs, NCCL for those on GPUs
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if WORLD_SIZE > 1:  # gloo for tensors on CPUs, NCCL for those on GPUs, which connect to each other here
+        device = torch.device("cuda", LOCAL_RANK) if cuda else None
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device)
     # Afterwards, random numbers go on in this process as if there had been no training.
     with torch.random.fork_rng([LOCAL_RANK] if cuda else []), contextlib.ExitStack() as stack:
         stack.enter_context(enough_memory(args))

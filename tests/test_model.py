@@ -116,8 +116,11 @@ def test_exported_tokenizer_gives_tiktokens_ids(tmp_path):
 
 
 def test_an_exported_model_of_bytes_comes_back_as_one(tmp_path):
-    model = GPT(GPTConfig(16, 384, 1, 2, 16, tokenizer="bytes"))
+    model = GPT(GPTConfig(16, 384, 1, 2, 16, 0.25, "bytes"))
     model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (256, 256)
+    assert (config["attn_pdrop"], config["resid_pdrop"], config["embd_pdrop"]) == (0.25, 0.25, 0.0)
     back = GPT.from_pretrained(tmp_path)
     assert (back.config.tokenizer, back.config.vocab_size) == ("bytes", 257)
     assert torch.equal(back.lm_head.weight, model.lm_head.weight[:257])
