@@ -53,6 +53,29 @@ def test_every_row_once_an_epoch_in_a_new_order(lecture_shards):
     assert first != rows(take(loader(lecture_shards, B=1, seed=8), 41))
 
 
+def test_every_epoch_has_an_order_of_shards_and_every_shard_an_order_of_documents():
+    """Ten shards of ten documents; the tokens of document k of shard i are 100 * i + k."""
+    arrays = {}
+    for i in range(10):
+        arrays[str(i)] = np.repeat(np.arange(11) + 100 * i, T)[: 10 * T + 1].astype(np.uint16)
+        arrays[str(i)][::T] = EOT
+    source = DataLoaderLite(arrays, 100, T, seed=1, shuffle=True)
+    orders, shard_orders = [], []
+    for _ in range(2):
+        tokens = source.next_batch()[0].view(10, 10 * T).tolist()  # the rows of a shard
+        shard_orders.append([max(set(row) - {EOT}) // 100 for row in tokens])
+        orders += [tuple(dict.fromkeys(token % 100 for token in row if token != EOT)) for row in tokens]
+    assert sorted(shard_orders[0]) == sorted(shard_orders[1]) == list(range(10)) and shard_orders[0] != shard_orders[1]
+    assert len(set(orders)) == 20  # each of its own
+
+
+@pytest.mark.parametrize("n, expected", [(17, 1), (32, 1), (33, 2), (48, 2)])
+def test_the_last_token_of_a_shard_is_only_a_target(n, expected):
+    source = DataLoaderLite({"a": make_tokens(n, 1, EOT)}, expected, T)
+    assert source.rows_per_epoch == expected
+    assert source.next_batch()[1].flatten().tolist() == make_tokens(n, 1, EOT)[1 : expected * T + 1].tolist()
+
+
 def shuffled(tokens, seed):
     """All tokens of an array in the loader's order: rows of one token, and the target of the last one."""
     source = DataLoaderLite({"a": tokens}, len(tokens) - 1, 1, seed=seed, shuffle=True)

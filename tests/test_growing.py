@@ -25,7 +25,7 @@ def test_layers_of_a_grown_model_are_those_of_the_recipe(capsys):
     state = {name: w.clone() for name, w in small.state_dict().items()}
     grown = grow(small, shape_of("gpt-760m")[1], 0.1)
     assert "0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12, 12, 13, 14, 15, 15, 16, 17" in capsys.readouterr().out
-    assert grown.config.n_layer == 24 and torch.equal(grown.transformer.wpe.weight, state["transformer.wpe.weight"])
+    assert (grown.config.n_layer, grown.config.dropout) == (24, 0.1) and torch.equal(grown.transformer.wpe.weight, state["transformer.wpe.weight"])
     for new, old in (1, 0), (2, 1), (8, 6), (23, 17):
         for name, p in grown.transformer.h[new].named_parameters():
             assert torch.equal(p, state[f"transformer.h.{old}.{name}"])

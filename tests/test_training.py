@@ -208,6 +208,15 @@ def test_resume_where_the_directory_was_renamed(reference, tmp_path):
     assert list(read_log(tmp_path / "renamed")) == list(range(21)) and not whole.exists()
 
 
+def test_resume_without_a_flag_takes_the_directory_log(reference, tmp_path, monkeypatch):
+    """Also if the run had another name when it was saved."""
+    monkeypatch.chdir(tmp_path)
+    flags, whole = reference
+    whole.rename("log")
+    main("--resume", "--max_steps", 21)
+    assert list(read_log("log")) == list(range(21)) and not whole.exists()
+
+
 def test_weights_and_optimizer_are_of_one_step(reference, monkeypatch):
     """latest.pt is opened once, so that it can't be replaced between two readings."""
     flags, whole = reference
@@ -215,6 +224,32 @@ def test_weights_and_optimizer_are_of_one_step(reference, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda path, **options: opened.append(path) or torch_load(path, **options))
     main("--resume", "--log_dir", whole, "--max_steps", 21)
     assert opened == [whole / "latest.pt"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Settings
+
+
+def test_the_defaults_are_those_of_the_reproduction():
+    """The lecture's figures: 10 billion tokens in steps of 2**19, warmup of 375 million, GPT-3's rate and decay."""
+    args = train_gpt2.build_parser().parse_args([])
+    assert (args.n_layer, args.n_head, args.n_embd, args.dropout) == (12, 12, 768, 0.0)
+    assert (args.B, args.T, args.total_batch_size, args.max_steps, args.warmup_steps) == (64, 1024, 524288, 19073, 715)
+    assert (args.max_lr, args.min_lr, args.weight_decay, args.grad_clip) == (6e-4, None, 0.1, 1.0)
+    assert (args.val_every, args.hellaswag_every, args.sample_every, args.checkpoint_every) == (250, 250, 250, 5000)
+    assert (args.val_tokens, args.num_samples, args.max_new_tokens, args.top_k) == (20 * 524288, 5, 22, 50)
+    assert (args.temperature, args.prompt, args.optimizer, args.shuffle) == (1.0, "Hello, I'm a language model,", "adamw", True)
+
+
+@pytest.mark.parametrize(
+    "name, shape, max_lr",
+    [("gpt2", (12, 12, 768), 6e-4), ("gpt2-medium", (24, 16, 1024), 3e-4), ("gpt2-large", (36, 20, 1280), 2.5e-4),
+     ("gpt2-xl", (48, 25, 1600), 2e-4), ("gpt3-xl", (24, 16, 2048), 2e-4), ("tiny", (4, 4, 128), 2e-3)],
+)  # fmt: skip
+def test_presets_have_the_shapes_of_the_releases_and_the_rates_of_gpt3(shards, name, shape, max_lr):
+    args, _ = train_gpt2.parse_args(["--data", str(shards), "--model", name])
+    assert (args.n_layer, args.n_head, args.n_embd) == shape
+    assert (args.max_lr, args.min_lr) == (max_lr, max_lr / 10)
 
 
 # --------------------------------------------------------------------------------------------------
