@@ -137,7 +137,8 @@ def test_a_signal_ends_validation_early_and_resumes_exactly(reference, tmp_path,
         main(*flags, "--log_dir", tmp_path / "stopped")
     # Two validations of 9 rows in 5 batches, 5 steps of 4 batches, and none of the third validation.
     assert len(batches) == 2 * 5 + 5 * 4
-    assert load(tmp_path / "stopped" / "latest.pt")["step"] == 5
+    saved = load(tmp_path / "stopped" / "latest.pt")
+    assert (saved["step"], saved["val_loss"]) == (5, None)
     main("--log_dir", tmp_path / "stopped", "--resume")
     assert (tmp_path / "stopped" / "log.txt").read_text() == (whole / "log.txt").read_text()
 
@@ -206,6 +207,16 @@ def test_resume_where_the_directory_was_renamed(reference, tmp_path):
     whole.rename(tmp_path / "renamed")
     main("--resume", "--log_dir", tmp_path / "renamed", "--max_steps", 21)
     assert list(read_log(tmp_path / "renamed")) == list(range(21)) and not whole.exists()
+
+
+def test_a_line_of_the_log_that_a_crash_cut_off_is_dropped(reference):
+    """What is left of it may look like the line of an early step."""
+    flags, whole = reference
+    before = (whole / "log.txt").read_text()
+    with open(whole / "log.txt", "a") as f:
+        f.write("1")  # of 19 train ...
+    main("--resume", "--log_dir", whole)
+    assert (whole / "log.txt").read_text() == before
 
 
 def test_resume_without_a_flag_takes_the_directory_log(reference, tmp_path, monkeypatch):
