@@ -342,6 +342,20 @@ def test_shards_of_llm_c_train_to_the_same_losses(lecture_shards, tmp_path):
         assert read_log(tmp_path / "log_llm_c", stream) == read_log(tmp_path / "log_lecture_shards", stream)
 
 
+def test_the_loader_knows_the_end_of_text_and_the_ids_of_the_shards(shards, tmp_path, monkeypatch):
+    """Those of meta.json: 257 ids, though the embedding has 384 rows, and 256 between documents."""
+    loaders, flags = [], ["--data", shards, *TINY, "--max_steps", 3, "--no-shuffle", "--log_dir", tmp_path / "log"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt2, "train", lambda args, model, loader, *others: loaders.append(loader))
+        main(*flags)
+    assert loaders[0].eot == 256
+    tokens = np.load(shards / "edufineweb_train_000001.npy")
+    tokens[5] = 257
+    np.save(shards / "edufineweb_train_000001.npy", tokens)
+    with pytest.raises(UserError, match="has token 257 of 257"):
+        main(*flags)
+
+
 def test_what_a_checkpoint_holds(reference):
     flags, whole = reference
     model, latest = load(whole / "model_00020.pt"), load(whole / "latest.pt")
