@@ -514,11 +514,9 @@ class DataLoaderLite:
     def document_order(self, epoch, shard):
         """The tokens of a shard as they lie; where each document ends in the order of an epoch; and the
         distance from its place in that order to its place in the shard."""
-        tokens, pieces = open_shard(self.shards[shard]), [[0]]  # a shard may begin within a document
-        if self.shuffle:  # piece by piece, because a mask of a whole shard would take 100 MB
-            for i in range(0, len(tokens), 2**20):
-                pieces.append(np.flatnonzero(tokens[i : i + 2**20] == self.eot) + i)
-        starts = np.unique(np.concatenate(pieces)).astype(np.int64)
+        tokens = open_shard(self.shards[shard])
+        # A shard may begin within a document. Without shuffle, the whole shard counts as one.
+        starts = np.union1d(0, np.flatnonzero(tokens == self.eot)) if self.shuffle else np.zeros(1, np.int64)
         order = self.order(len(starts), epoch, shard)
         lengths = np.diff(starts, append=len(tokens))[order]
         ends = np.cumsum(lengths)
