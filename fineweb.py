@@ -328,19 +328,18 @@ def open_shard(shard):
     return np.asarray(tokens)
 
 
-def read_meta(file, mend):
-    """The description of shards that write_shards has written. UserError if its values can't be right."""
-    with readable(file, mend):
-        meta = json.loads(file.read_text())
-        entries = meta["shards"].values()
-        numbers = [entry[key] for entry in entries for key in ("tokens", "documents", "bytes")]
-        for batch, used in (entry["end"] for entry in entries):
-            numbers += batch, used
-        if not all(type(n) is int and n >= 0 for n in (*numbers, meta["eot"], meta["vocab_size"])):
-            raise ValueError("a number in it is none, or negative")
-        if type(meta["tokenizer"]) is not str or not meta["eot"] < meta["vocab_size"] <= 2**16:
-            raise ValueError("it describes no tokenizer of up to 65,536 tokens")
-        return meta
+def read_meta(file):
+    """The description of shards that write_shards has written. ValueError if its values can't be right."""
+    meta = json.loads(file.read_text())
+    numbers = [meta["eot"], meta["vocab_size"]]
+    for entry in meta["shards"].values():
+        batch, used = entry["end"]
+        numbers += entry["tokens"], entry["documents"], entry["bytes"], batch, used
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError("one of its numbers is not an integer, or is negative")
+    if type(meta["tokenizer"]) is not str or not meta["eot"] < meta["vocab_size"] <= 2**16:
+        raise ValueError("it describes no tokenizer of up to 65,536 tokens")
+    return meta
 
 
 def find_shards(directory):
@@ -356,7 +355,7 @@ def find_shards(directory):
     if not file.exists():
         return Data(**splits)
     with readable(file, "make the shards again with fineweb.py"):
-        meta = read_meta(file, "make the shards again with fineweb.py")
+        meta = read_meta(file)
         for path in (splits["train"] | splits["val"]).values():
             entry = meta["shards"].get(path.name)
             if entry is None or entry["tokens"] != len(open_shard(path)):
@@ -506,7 +505,7 @@ def open_meta(out, settings):
     file, meta = out / "meta.json", {"shards": {}}
     if file.exists():
         with readable(file, "give another --out"):
-            meta = read_meta(file, "give another --out")
+            meta = read_meta(file)
             # If a shard is missing, those behind it are written again too.
             shards = dict(takewhile(lambda entry: (out / entry[0]).exists(), meta["shards"].items()))
             meta |= {"complete": meta["complete"] and shards == meta["shards"], "shards": shards}
