@@ -145,7 +145,7 @@ def nonempty(text):
 
 @contextlib.contextmanager
 def warn_only(what):
-    """Print an error of the disk as a warning, followed by `what` happens now, and go on."""
+    """Print a UserError or an OSError as a warning that ends with `what`, what happens now, and go on."""
     try:
         yield
     except (UserError, OSError) as e:
@@ -417,7 +417,7 @@ def read_source(source, column):
     total, before, number = sum(sizes), 0, 0  # bytes of all files, of those before this one; documents
     for path, size in zip(source.paths, sizes):
         with readable(path, "mend it or leave it out; --column says where .jsonl and .parquet have the text"):
-            for far, text in READERS[Path(path).suffix](path, column):
+            for progress, text in READERS[Path(path).suffix](path, column):
                 if text in (None, ""):
                     source.counts["empty"] += 1
                     continue
@@ -427,7 +427,7 @@ def read_source(source, column):
                 # Of the first n documents int(n * share) are taken, so this one is if that number has grown.
                 if int(number * source.share) > int((number - 1) * source.share):
                     source.counts.update(documents=1, characters=len(text))
-                    yield (before + far * size) / total, text
+                    yield (before + progress * size) / total, text
         before += size
 
 
@@ -439,11 +439,11 @@ def read_batches(sources, column):
     about BATCH characters: (share of all that has been read, list of texts)."""
     texts, size = [], 0
     streams = [read_source(source, column) for source in sources]
-    for far, text in heapq.merge(*streams, key=lambda item: item[0]):
+    for progress, text in heapq.merge(*streams, key=lambda item: item[0]):
         texts.append(text)
         size += len(text)
         if size >= BATCH:
-            yield far, texts
+            yield progress, texts
             texts, size = [], 0
     yield 1.0, texts
 
@@ -459,12 +459,12 @@ def tokenize(batches, name, workers):
         return encode_documents(thread.tokenizer, texts)
 
     with ThreadPoolExecutor(workers, initializer=start) as pool:
-        futures = ((far, pool.submit(work, texts)) for far, texts in batches)
+        futures = ((progress, pool.submit(work, texts)) for progress, texts in batches)
         waiting = deque(islice(futures, 2 * workers))
         while waiting:
-            far, future = waiting.popleft()
+            progress, future = waiting.popleft()
             waiting.extend(islice(futures, 1))
-            yield far, future.result()
+            yield progress, future.result()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -538,9 +538,9 @@ def write_shards(out, meta, sources, tokenizer, workers):
 
     batches = islice(read_batches(sources, meta["column"]), batch, None)
     with tqdm(initial=len(shards) * shard_size, unit=" tokens", unit_scale=True) as bar:
-        for far, tokens in tokenize(batches, tokenizer.name, workers):
+        for progress, tokens in tokenize(batches, tokenizer.name, workers):
             bar.update(len(tokens) - used)
-            bar.total = int(bar.n / far)  # an estimate, from the share that has been read
+            bar.total = int(bar.n / progress)  # an estimate, from the share that has been read
             while used < len(tokens):
                 part = tokens[used : used + shard_size - filled]
                 shard[filled : filled + len(part)] = part

@@ -135,7 +135,7 @@ class GPT(nn.Module):
             "ln_f": nn.LayerNorm(config.n_embd),
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # tied: tokens alike as input are alike as output
+        self.lm_head.weight = self.transformer.wte.weight  # tied: one matrix embeds and predicts tokens
 
         self.init_weights()
 
@@ -293,8 +293,8 @@ def load_model(source, checkpoint=None):
 
 
 def grow(model, n_layer, dropout):
-    """A GPT of n_layer layers, at least as many as the L of the model, which is used up. Layer j begins as
-    its layer floor(j * L / n_layer), the best way to grow in depth in the Gopher paper (section G.3.3)."""
+    """A GPT of n_layer layers, at least as many as the L layers of `model`, which can't be used afterwards.
+    Layer j begins as layer floor(j * L / n_layer), the best way in the Gopher paper (section G.3.3)."""
     layers = [j * model.config.n_layer // n_layer for j in range(n_layer)]
     if n_layer > model.config.n_layer:
         print0(f"grown from {model.config.n_layer} to {n_layer} layers, which begin as {str(layers)[1:-1]}")
@@ -383,7 +383,7 @@ def build_parser():
     flag("optimizer", str, "adamw", "muon: for the matrices of the blocks", choices=("adamw", "muon"))
     flag("zero", bool, False, "shard the optimizer's state over the ranks")
     flag("weight_decay", float, 0.1, "on matrices and embeddings")
-    flag("grad_clip", float, 1.0, "largest global norm of the gradient, 0: any")
+    flag("grad_clip", float, 1.0, "the gradient is scaled down to this global norm, 0: never")
     group = parser.add_argument_group("evaluation")
     flag("val_every", int, 250, "steps between validations, 0: never")
     flag("val_tokens", int, 20 * 2**19, "tokens in one validation, at most the whole split")
@@ -458,7 +458,7 @@ def parse_args(argv=None):
     devices = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
     args.device = args.device or devices[0]
     if args.device not in devices:
-        parser.error(f"--device {args.device}: this machine has none for every process: use --device cpu")
+        parser.error(f"--device {args.device} is not there for every process: use --device cpu")
     args.dtype = args.dtype or pick_dtype(args.device)
     args.compile = args.device == "cuda" if args.compile is None else args.compile
     return args, latest
@@ -536,7 +536,7 @@ class DataLoaderLite:
         lengths = np.diff(np.minimum(ends[a : b + 1], last + 1), prepend=first)
         tokens = tokens[np.arange(first, last + 1) + np.repeat(distances[a : b + 1], lengths)]
         if tokens.max() >= self.n_vocab:
-            raise UserError(f"{self.names[shard]} has token {tokens.max()} of {self.n_vocab}: make it again")
+            raise UserError(f"{self.names[shard]} has token {tokens.max()} >= {self.n_vocab}: make it again")
         return tokens
 
     def next_batch(self):
@@ -627,7 +627,9 @@ def update(optimizers, owners, lr):
 def collect_states(optimizers, owners):
     """The optimizers' state_dicts, on rank 0 with the state of all tensors. All ranks must call it."""
     states = [optimizer.state_dict() for optimizer in optimizers]
-    for optimizer, state in zip(optimizers, states) if owners else ():
+    if not owners:
+        return states
+    for optimizer, state in zip(optimizers, states):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for i, p in enumerate(params):  # one at a time, so that little is held twice
             entry = [{name: t.cpu() for name, t in state["state"].pop(i, {}).items()}]
@@ -784,8 +786,8 @@ def print_step(args, model, step, start, loss, lr, norm, seconds, total):
 
 
 def catch_signals(stack):
-    """A list that gets the signals by which a person or the system asks this process to end (Windows has no
-    SIGHUP). The second one of a kind ends it at once. When the ExitStack is closed, they do what they did."""
+    """A list to which each signal is added that asks this process to end (Windows has no SIGHUP). A second
+    signal of the same kind ends it at once. When the ExitStack closes, the earlier handlers are back."""
     received = []
 
     def receive(number, frame):
@@ -806,14 +808,20 @@ def any_rank(value):
     return bool(flag)
 
 
-def evaluate(due, args, model, val_loader, bytes_per_token, items, stop):
-    """{stream: figure} of the evaluations that are due."""
-    figures = {}
-    if due(args.val_every) or (args.val_every and due(args.checkpoint_every)):  # checkpoints record val_loss
+def is_due(every, step, args):
+    """Whether something that happens every so many steps (0: never) happens after `step` steps. The last step
+    is always due."""
+    return every and (step % every == 0 or step == args.max_steps)
+
+
+def evaluate(step, args, model, val_loader, bytes_per_token, items, stop):
+    """{stream: figure} of the evaluations that are due after `step` steps."""
+    figures, saves = {}, is_due(args.checkpoint_every, step, args)  # checkpoints record val_loss
+    if is_due(args.val_every, step, args) or (args.val_every and saves):
         figures["val"] = validate(model, val_loader, args, stop)
         if bytes_per_token:  # bits per byte can be compared between tokenizers
             figures["val_bpb"] = figures["val"] / math.log(2) / bytes_per_token
-    if items and due(args.hellaswag_every):
+    if items and is_due(args.hellaswag_every, step, args):
         with autocast(args):
             guesses = hellaswag.evaluate(model, items, rank=RANK, world_size=WORLD_SIZE, stop=stop)
         figures["hella"] = hellaswag.accuracy(guesses, items)[1]
@@ -832,21 +840,19 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
     if WORLD_SIZE > 1:
         train_model = DDP(train_model, gradient_as_bucket_view=True)  # the view saves a copy of the gradients
 
-    def due(every):  # after `step` steps, the variable of the loop below
-        return every and (step % every == 0 or step == args.max_steps)
-
     def save(*names):  # the model after `step` steps; all ranks must call it
         weights = {"model": model.state_dict(), "config": asdict(model.config), "step": step}
         weights["val_loss"] = figures.get("val")
         latest = weights | {"optimizers": collect_states(optimizers, owners), "args": args.remembered}
-        for name in names if RANK == 0 and args.checkpoint_every else ():
-            with complete_file(log_dir / name) as f:
-                torch.save(latest if name == "latest.pt" else weights, f)
+        if RANK == 0 and args.checkpoint_every:
+            for name in names:
+                with complete_file(log_dir / name) as f:
+                    torch.save(latest if name == "latest.pt" else weights, f)
 
     for step in range(start, args.max_steps + 1):
         # Evaluate, sample and save the model after `step` steps.
         last = step == args.max_steps
-        figures = evaluate(due, args, model, val_loader, bytes_per_token, items, stop)
+        figures = evaluate(step, args, model, val_loader, bytes_per_token, items, stop)
         if any_rank(stop):
             figures = {}  # the evaluation may have ended early
             save("latest.pt")
@@ -855,9 +861,9 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
         if figures:
             print0(f"step {step:5d}", *(f"| {name} {value:.4f}" for name, value in figures.items()))
             log(args, step, **figures)
-        if tokenizer and due(args.sample_every) and (step > 0 or last):
+        if tokenizer and is_due(args.sample_every, step, args) and (step > 0 or last):
             print_samples(model, tokenizer, args)
-        if due(args.checkpoint_every) and step > 0:
+        if is_due(args.checkpoint_every, step, args) and step > 0:
             # A full disk costs a warning in mid-run; at the end of the run it is an error.
             with contextlib.nullcontext() if last else warn_only("training goes on without it"):
                 save(f"model_{step:05d}.pt", "latest.pt")
@@ -920,7 +926,7 @@ def main(argv=None):
     if WORLD_SIZE > 1:  # gloo for tensors on CPUs, NCCL for those on GPUs, which connect to each other here
         device = torch.device("cuda", LOCAL_RANK) if cuda else None
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device)
-    # Afterwards, random numbers go on in this process as if there had been no training.
+    # fork_rng gives a caller of main() the state of the random numbers back as it was.
     with torch.random.fork_rng([LOCAL_RANK] if cuda else []), contextlib.ExitStack() as stack:
         stack.enter_context(enough_memory(args))
         torch.manual_seed(args.seed)
@@ -942,8 +948,8 @@ def main(argv=None):
         loader = DataLoaderLite(data.train, *layout, args.seed, args.shuffle, data.eot)
         val_loader = DataLoaderLite(data.val, *layout)
         args.shards = args.remembered["shards"] = {Path(name).name: n for name, n in loader.sizes.items()}
-        for name in FIXED if latest else ():
-            if getattr(args, name) != (before := latest["args"].get(name)):
+        for name in FIXED:
+            if latest and getattr(args, name) != (before := latest["args"].get(name)):
                 raise UserError(f"--resume: {name} was {before!s:.80}, and can't change within a run")
         if args.max_steps > 0:  # --max_steps 0 looks at a model, and writes nothing
             if RANK == 0:
