@@ -677,9 +677,8 @@ def open_log(args, latest, config, loader):
             path.rename(backup / path.name)
         print0(f"files of an earlier run are now in {backup}; --resume goes on with a run")
     elif log_file.exists():
-        with readable(log_file, "move it away"):  # after a crash, the last line may be cut off
-            lines = [line for line in log_file.read_text().splitlines(True) if line.endswith("\n")]
-            lines = [line for line in lines if int(line.split()[0]) < latest["step"]]
+        with readable(log_file, "move it away"), open(log_file) as f:  # a crash may cut off the last line
+            lines = [line for line in f if line.endswith("\n") and int(line.split()[0]) < latest["step"]]
         with complete_file(log_file) as f:
             f.write("".join(lines).encode())
     git, commit = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty"], None
