@@ -197,9 +197,6 @@ class HuggingFaceTokenizer:
             if not BYTE_OF.keys() <= ids.keys() or self.n_vocab > 2**16:
                 raise ValueError("it is no byte-level BPE of up to 65,536 tokens")
 
-    def __eq__(self, other):  # the same tokenizer may be in files of different layout
-        return self.bpe.to_str() == other.bpe.to_str()
-
     def encode_ordinary(self, text):
         # A batch of one: encode_batch_fast releases the interpreter lock, and encode does not.
         return self.bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
@@ -240,7 +237,8 @@ def to_hugging_face(tokenizer):
     for token in ranks:
         parts = list(token)
         while len(parts) > 2:
-            pair_ranks = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]  # no token: last
+            # A pair that is no token comes last.
+            pair_ranks = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
             i = pair_ranks.index(min(pair_ranks))
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:

@@ -453,7 +453,7 @@ def parse_args(argv=None):
     if rest:
         unit = f"T * ranks = {args.T * WORLD_SIZE}"
         parser.error(f"--total_batch_size {args.total_batch_size} is no multiple of {unit}")
-    args.B = next(b for b in range(min(args.B, rows), 0, -1) if rows % b == 0)
+    args.B = next(b for b in range(min(args.B, rows), 0, -1) if rows % b == 0)  # the largest divisor
     cuda, mps = LOCAL_RANK < torch.cuda.device_count(), torch.backends.mps.is_available() and WORLD_SIZE == 1
     devices = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
     args.device = args.device or devices[0]
@@ -512,8 +512,9 @@ class DataLoaderLite:
         return order, np.cumsum(self.rows[order])
 
     def document_order(self, epoch, shard):
-        """The tokens of a shard as they lie; where each document ends in the order of an epoch; and the
-        distance from its place in that order to its place in the shard."""
+        """The tokens of a shard as they lie; where each document ends in the order of an epoch; and how far
+        its place in the shard is from its place in that order. Of two documents, tokens 0 to 2 and 3 to 4,
+        in the order (1, 0): ends (2, 5) and shifts (3, -2)."""
         tokens = open_shard(self.shards[shard])
         # A shard may begin within a document. Without shuffle, the whole shard counts as one.
         starts = np.union1d(0, np.flatnonzero(tokens == self.eot)) if self.shuffle else np.zeros(1, np.int64)
@@ -529,12 +530,12 @@ class DataLoaderLite:
         order, row_ends = self.shard_order(epoch)
         i = np.searchsorted(row_ends, row, side="right")
         shard = order[i]
-        tokens, ends, distances = self.document_order(epoch, shard)
+        tokens, ends, shifts = self.document_order(epoch, shard)
         first = (row - row_ends[i] + self.rows[shard]) * self.T  # in the order of the epoch
         last = first + min(count, row_ends[i] - row) * self.T  # the token after the rows
         a, b = np.searchsorted(ends, (first, last), side="right")  # the first document and the last
         lengths = np.diff(np.minimum(ends[a : b + 1], last + 1), prepend=first)
-        tokens = tokens[np.arange(first, last + 1) + np.repeat(distances[a : b + 1], lengths)]
+        tokens = tokens[np.arange(first, last + 1) + np.repeat(shifts[a : b + 1], lengths)]
         if tokens.max() >= self.n_vocab:
             raise UserError(f"{self.names[shard]} has token {tokens.max()} >= {self.n_vocab}: make it again")
         return tokens
@@ -602,9 +603,9 @@ def training_step(lr, args, train_model, optimizers, owners, loader):
 
 
 def assign_owners(model):
-    """{parameter: rank}: the largest tensors first, each to the rank that has the least so far."""
+    """{parameter: rank}: each goes to the rank that has the least so far."""
     sizes, owners = [0] * WORLD_SIZE, {}
-    for p in sorted(model.parameters(), key=torch.Tensor.numel, reverse=True):
+    for p in model.parameters():
         owners[p] = sizes.index(min(sizes))
         sizes[owners[p]] += p.numel()
     return owners
@@ -910,9 +911,13 @@ def create_model(args, source, data):
         has, wanted = getattr(config, name), getattr(args, name) or getattr(config, name)
         if wanted < has or (wanted > has and name != "n_layer"):  # a model grows in layers only
             raise UserError(f"{origin} has {name} {has}, not {wanted}: leave --{name} out")
-    a, b = config.tokenizer, data.tokenizer
-    if a != b and not (os.path.isfile(a) and os.path.isfile(b) and get_tokenizer(a) == get_tokenizer(b)):
-        raise UserError(f"{origin} has the tokenizer {a}, and {args.data} has {b}: use data of the same one")
+    has, wanted = config.tokenizer, data.tokenizer
+    if os.path.isfile(has) and os.path.isfile(wanted):  # files of different layout may hold one tokenizer
+        same = get_tokenizer(has).bpe.to_str() == get_tokenizer(wanted).bpe.to_str()
+    else:
+        same = has == wanted
+    if not same:
+        raise UserError(f"{origin} has the tokenizer {has}, and {args.data} has {wanted}: use data of that")
     source.config = replace(config, tokenizer=data.tokenizer)
     return grow(source, args.n_layer or config.n_layer, args.dropout)
 

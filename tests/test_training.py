@@ -352,7 +352,7 @@ def test_the_loader_knows_the_end_of_text_and_the_ids_of_the_shards(shards, tmp_
     tokens = np.load(shards / "edufineweb_train_000001.npy")
     tokens[5] = 257
     np.save(shards / "edufineweb_train_000001.npy", tokens)
-    with pytest.raises(UserError, match="has token 257 of 257"):
+    with pytest.raises(UserError, match="has token 257 >= 257"):
         main(*flags)
 
 
