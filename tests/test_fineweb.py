@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, environment, make_tokens, needs_bpe
 from tiktoken.load import read_file_cached
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 import fineweb
@@ -184,6 +184,24 @@ def test_readers_tell_how_much_of_the_file_has_been_read(corpus, name):
     assert len(shares) == 1 or middle == pytest.approx(0.5, abs=0.05)  # all documents are of like size
 
 
+def test_progress_goes_on_from_file_to_file(tmp_path):
+    """In bytes: one file of 100, one of 300, one of 600."""
+    paths = [tmp_path / f"{n}.txt" for n in (100, 300, 600)]
+    for path in paths:
+        path.write_text("x" * int(path.stem))
+    source = fineweb.Source("all", 1.0, [str(path) for path in paths], Counter())
+    assert [progress for progress, _ in fineweb.read_source(source, "text")] == [0.1, 0.4, 1.0]
+
+
+def test_an_error_is_printed_in_one_line(capsys):
+    def fail():
+        raise UserError("a name with\na line break")
+
+    with pytest.raises(SystemExit) as e:
+        fineweb.run(fail)
+    assert e.value.code == 2 and capsys.readouterr().err == "error: a name with a line break\n"
+
+
 def test_main_can_be_called_again_in_one_process(tmp_path):
     """Nothing is left over from a call, counts and settings included."""
     for i, n in enumerate((50, 70)):
@@ -297,8 +315,8 @@ def test_disk_full_keeps_what_is_complete(corpus, whole, tmp_path):
 def test_a_file_gets_its_name_when_it_is_complete(tmp_path):
     path = tmp_path / "file"
     path.write_text("previous")
-    for error in KeyboardInterrupt, OSError, ValueError:
-        with pytest.raises(UserError if error is OSError else error), fineweb.complete_file(path) as f:
+    for error in KeyboardInterrupt, OSError, RuntimeError, ValueError:  # RuntimeError is torch.save's of a full disk
+        with pytest.raises(UserError if error in (OSError, RuntimeError) else error), fineweb.complete_file(path) as f:
             f.write(b"a part")
             f.flush()
             assert path.read_text() == "previous"
@@ -790,11 +808,32 @@ def test_shards_of_unknown_tokenizer_are_refused(whole, shards, tmp_path):
 def test_truncation_and_padding_in_a_tokenizer_json_do_not_change_documents(own, tmp_path):
     bpe = Tokenizer.from_file(str(own))
     bpe.enable_truncation(5)
-    bpe.enable_padding(length=8)
+    bpe.enable_padding(length=100_000)
     bpe.save(str(tmp_path / "tokenizer.json"))
     text = make_texts(2)[1]
     tokens = get_tokenizer(str(tmp_path)).encode_ordinary(text)
     assert tokens == get_tokenizer(str(own)).encode_ordinary(text) and len(tokens) > 8
+
+
+def test_what_a_tokenizer_json_adds_to_a_text_is_left_out(own, tmp_path):
+    """A post-processor that would put a token before and after each text."""
+    bpe, text = Tokenizer.from_file(str(own)), "rope tide"
+    ends = [("<|endoftext|>", bpe.token_to_id("<|endoftext|>"))]
+    bpe.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A <|endoftext|>", special_tokens=ends)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    assert get_tokenizer(str(tmp_path)).encode_ordinary(text) == get_tokenizer(str(own)).encode_ordinary(text)
+
+
+def test_the_number_of_tokens_is_one_above_the_largest_id_and_at_most_65536(own, tmp_path):
+    data, path = json.loads(own.read_text()), tmp_path / "tokenizer.json"
+    for largest in 65_535, 65_536:
+        data["model"]["vocab"]["~"] = largest  # leaves a hole where it was
+        path.write_text(json.dumps(data))
+        if largest < 2**16:
+            assert get_tokenizer(str(path)).n_vocab == 65_536
+        else:
+            with pytest.raises(UserError, match="no byte-level BPE of up to 65,536 tokens"):
+                get_tokenizer(str(path))
 
 
 def test_a_tokenizer_json_without_a_decoder_decodes(own, tmp_path):
