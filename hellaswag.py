@@ -146,10 +146,10 @@ CHUNK = 2**16  # tokens that are looked at together: what is computed from them 
 
 
 def word_codes(tokenizer):
-    """uint64 (n_vocab,): a random number for each token's letters and digits in lower case, 0 without any."""
+    """uint64 (n_vocab,): a random number for each token's letters and digits in lower case, 0 without any.
+    End of text is the word endoftext, so that nothing is found across two documents."""
     tokens = map(tokenizer.decode_single_token_bytes, range(tokenizer.n_vocab))
     words = [re.sub(rb"[^0-9a-z\x80-\xff]", b"", token.lower()) for token in tokens]
-    words[tokenizer.eot_token] = b"<|endoftext|>"  # unlike any word: no match across two documents
     _, kind = np.unique(words, return_inverse=True)
     codes = np.random.default_rng(0).integers(1, 2**64, kind.max() + 1, dtype=np.uint64)[kind]
     codes[[word == b"" for word in words]] = 0

@@ -617,6 +617,7 @@ def test_one_shard_would_all_be_validation(tmp_path):
     line = error_line(start("--input", tmp_path / "a.txt", "--out", tmp_path / "out"))
     assert "100 tokens" in line and "--shard_size 10 " in line
     assert not list(tmp_path.glob("out/*.npy"))
+    assert "100 tokens" in refused("--input", tmp_path / "a.txt", "--out", tmp_path / "exact", "--shard_size", 100)
 
 
 @pytest.mark.parametrize(

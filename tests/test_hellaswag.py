@@ -448,6 +448,16 @@ def test_punctuation_and_case_do_not_count(words):
     assert words.find_amid_others(pairs) == list(range(40))
 
 
+def test_words_are_found_wherever_a_chunk_ends_among_them(words):
+    """Thirteen words at every place of the chunks of 50 tokens; what is found is sorted."""
+    items = [words.draw(13) for _ in range(50)]
+    shard = [words.eot]
+    for place, item in enumerate(items):
+        shard += words.draw((place - len(shard)) % 50) + item
+    assert words.find(items, shard) == list(range(50))
+    assert words.find(items[:9], words.draw(5) + items[8] + words.draw(5) + items[1]) == [1, 8]
+
+
 def test_words_in_two_documents_are_not_in_a_row(words):
     pairs = [(x := words.draw(30), x[8:15] + [words.eot] + x[15:22]) for _ in range(20)]
     assert words.find_amid_others(pairs) == []
