@@ -61,17 +61,17 @@ def material(tmp_path_factory):
     train_gpt2.GPT.from_checkpoint(directory / "log" / "latest.pt").save_pretrained(directory / "hf")
     (directory / "items.jsonl").write_text(json.dumps(ITEM))
     (directory / "text.txt").write_text("x" * 100)
-    made = ["--input", directory / "text.txt", "--tokenizer", "bytes", "--shard_size", 10, "--out", directory / "made"]
+    made = ["--input", directory / "text.txt", "--tokenizer", "bytes", "--shard_size", 60, "--out", directory / "made"]
     fineweb.main([str(flag) for flag in made])
     return directory
 
 
 def table():
     """All rows."""
-    rows = []
+    rows, marks = [], []
 
     def row(name, program, make, word):
-        rows.append(pytest.param(program, make, word, id=f"{program}: {name}"))
+        rows.append(pytest.param(program, make, word, id=f"{program}: {name}", marks=list(marks)))
 
     def again(d):
         return [*tokenize(d)[:-1], d / "made"]
@@ -80,7 +80,7 @@ def table():
         return ["--data", d / "shards" / "s", *TINY, "--max_steps", 2, "--log_dir", d / "new"]
 
     def tokenize(d):
-        return ["--input", d / "text.txt", "--tokenizer", "bytes", "--shard_size", 10, "--out", d / "new"]
+        return ["--input", d / "text.txt", "--tokenizer", "bytes", "--shard_size", 60, "--out", d / "new"]
 
     def judge(d):
         return ["-m", d / "log" / "latest.pt", "--data", d / "items.jsonl", "-d", "cpu"]
@@ -161,7 +161,8 @@ def table():
             if name not in fine:
                 row(f"{path} is {name}", program, put(path, content, flags), Path(path).name if "hf" not in path else "hf")
 
-    # Values that cannot be.
+    # Values that cannot be. These rows and those below them are slow together.
+    marks.append(pytest.mark.slow)
     def change(path, flags, read, write, *keys, value):
         def make(d):
             whole = part = read(d / path)
