@@ -416,7 +416,7 @@ def own(tmp_path_factory):
     return path
 
 
-KINDS = [pytest.param("gpt2", marks=needs_bpe), "bytes", "own"]
+KINDS = [pytest.param("gpt2", marks=[needs_bpe, pytest.mark.slow]), "bytes", "own"]
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from fineweb import UserError, get_tokenizer
 from train_gpt2 import GPT, GPTConfig
 
 N = 31  # items
-TOKENIZERS = ["bytes", pytest.param("gpt2", marks=needs_bpe)]
+TOKENIZERS = ["bytes", pytest.param("gpt2", marks=[needs_bpe, pytest.mark.slow])]
 
 
 @pytest.fixture
