@@ -24,7 +24,6 @@ Notable choices:
 
 import functools
 import json
-import math
 import os
 import re
 import time
@@ -208,7 +207,9 @@ def contamination(items, paths, tokenizer):
 def parse_args(argv):
     parser = make_parser(__doc__)
     flag = functools.partial(parser.add_argument, type=nonempty)
-    flag("-m", "--model", help="released name, Hugging Face directory or .pt checkpoint")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("-m", "--model", type=nonempty, help="released name, Hugging Face directory or .pt")
+    what.add_argument("--contamination", metavar="DIR", type=nonempty, help="shards to search for items")
     flag("-d", "--device", choices=("cpu", "cuda", "mps"), help="(cuda where there is one, else cpu)")
     flag("--dtype", choices=("float32", "bfloat16"), help="(bfloat16 on cuda, else float32)")
     flag("--batch_size", type=int, help="rows at a time, which changes no guess (16 on cpu, else 128)")
@@ -216,12 +217,9 @@ def parse_args(argv):
     flag("--data", metavar="FILE", help="a .jsonl file in the published format instead")
     flag("--limit", type=int, help="only the first items (all)")
     flag("--tokenizer", metavar="NAME", help="gpt2, bytes, or a tokenizer.json (the model's)")
-    flag("--contamination", metavar="DIR", help="directory of shards in which to look for the items")
     flag("--out", default="hellaswag/contamination.json", help="what --contamination writes (%(default)s)")
     flag("--clean", metavar="FILE", help="what --contamination wrote: judge clean and other items apart")
     args = parser.parse_args(argv)
-    if bool(args.model) == bool(args.contamination):
-        parser.error("give either a model with -m, or a directory of shards with --contamination")
     for name, value in ("batch_size", args.batch_size), ("limit", args.limit):
         if value is not None and value < 1:
             parser.error(f"--{name} {value}: it must be at least 1")

@@ -768,7 +768,8 @@ def print_next(args):
     print0("written:", *(Path(args.log_dir, name) for name in names))
     if args.checkpoint_every:
         python = os.path.relpath(sys.executable)
-        launcher = python if WORLD_SIZE == 1 else f"torchrun --nproc_per_node={WORLD_SIZE}"
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", 1)  # of this node: a run may go on with fewer
+        launcher = python if WORLD_SIZE == 1 else f"torchrun --nproc_per_node={ranks}"
         resume = shlex.join([os.path.relpath(__file__), "--resume", "--log_dir", args.log_dir])
         print0(f"\nIts loss and samples:\n{python} {resume} --prompt 'The tide'")
         print0(f"\nTwice as many steps:\n{launcher} {resume} --max_steps {2 * args.max_steps}")

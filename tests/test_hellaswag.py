@@ -302,8 +302,8 @@ def test_an_empty_file(tmp_path):
         (["--contamination", "nowhere"], "nowhere"),
         (["-m", "hf", "--limit", "0"], "error: --limit 0"),
         (["-m", "hf", "--batch_size", "-1"], "error: --batch_size -1"),
-        (["-m", "hf", "--contamination", "empty"], "error: give either a model"),
-        ([], "error: give either a model"),
+        (["-m", "hf", "--contamination", "empty"], "--contamination: not allowed with argument -m"),
+        ([], "one of the arguments -m/--model --contamination is required"),
     ],
 )
 def test_wrong_flags_files_and_models_are_named(hf, items_file, tmp_path, monkeypatch, capsys, flags, word):
