@@ -6,8 +6,8 @@ AdamW and Muon at several learning rates, three seeds each.
     python benchmarks/learning_rate.py --data input.txt --steps 100 --seeds 1
 
 Prints the validation loss at the end, mean and standard deviation over seeds, and after what share of the
-steps each setting passed the final loss of AdamW at the lecture's rate and at its best one. Losses that
-differ by less than their deviations are no evidence. Trainings run side by side, one a core.
+steps each setting has reached, for good, the final loss of AdamW at the lecture's rate and at its best one.
+Losses that differ by less than their deviations are no evidence. Trainings run side by side, one a core.
 """
 
 import sys
@@ -53,6 +53,13 @@ def train(log_dir, steps, device="cpu", **flags):
     return {int(step): float(value) for step, stream, value in lines if stream == "val"}
 
 
+def reached(steps, losses, mark):
+    """The first of the steps from which on no loss is above the mark; None if the last loss is."""
+    above = np.flatnonzero(losses > mark)
+    first = above[-1] + 1 if len(above) else 0
+    return steps[first] if first < len(steps) else None
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -93,8 +100,8 @@ def main():
     for setting, curves in losses.items():
         mean, shares = curves.mean(axis=0), []
         for mark in marks.values():
-            passed = np.flatnonzero(mean <= mark)
-            shares.append(f"{steps[passed[0]] / args.steps:6.0%}" if len(passed) else f"{'never':>6}")
+            step = reached(steps, mean, mark)
+            shares.append(f"{'never':>6}" if step is None else f"{step / args.steps:6.0%}")
         std = curves[:, -1].std()
         print(f"{setting[0]:9} {setting[1]:8.2g} {mean[-1]:10.4f} {std:6.4f}   {'  '.join(shares)}")
 

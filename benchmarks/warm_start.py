@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.learning_rate import standard_library, train
+from benchmarks.learning_rate import reached, standard_library, train
 
 
 def main():
@@ -67,9 +67,9 @@ def main():
     for name, losses in curves.items():
         print(f"{name:24} {losses[:, 0].mean():9.4f} {losses[:, -1].mean():10.4f} {losses[:, -1].std():6.4f}")
     _, after, fresh, _ = (losses.mean(axis=0) for losses in curves.values())
-    passed = np.flatnonzero(after <= fresh[-1])
-    when = f"after {steps[passed[0]]} of {args.steps} steps" if len(passed) else "not"
-    print(f"the grown model has the final loss of the one from scratch {when}")
+    step = reached(steps, after, fresh[-1])
+    when = "never" if step is None else f"after {step} of {args.steps} steps"
+    print(f"the grown model reaches the final loss of the one from scratch, for good: {when}")
 
     import matplotlib.pyplot as plt
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch.nn.functional as F
 from conftest import ROOT, needs_bpe
@@ -34,6 +35,14 @@ def test_every_rung_of_the_ladder_has_the_same_loss(run):
     assert losses == pytest.approx([losses[0]] * len(rungs), abs=2e-3)
 
 
+def test_a_loss_that_is_only_touched_is_not_reached():
+    reached = importlib.import_module("benchmarks.learning_rate").reached
+    steps, losses = np.array([0, 10, 20, 30]), np.array([5.0, 3.9, 4.2, 3.8])
+    assert reached(steps, losses, 4.0) == 30  # 3.9 at step 10 did not last
+    assert reached(steps, losses, 4.2) == 10
+    assert reached(steps, losses, 3.7) is None and reached(steps, losses, 5.0) == 0
+
+
 @pytest.mark.slow
 def test_learning_rates_are_compared(run, tmp_path):
     flags = ["--data", ROOT / "input.txt", "--tokenizer", "bytes", "--lrs", 2e-3, "--seeds", 1, "--steps", 10]
@@ -53,7 +62,7 @@ def test_a_grown_model_is_compared_with_one_from_scratch(run, tmp_path):
     before, (start, *_) = losses["1 layers"][1], losses["2 layers, grown"]
     assert abs(start - before) < 0.2 < losses["2 layers, from scratch"][0] - start
     assert abs(losses["1 layers, on"][0] - before) < 0.05  # the control begins where the small model ended
-    assert "final loss of the one from scratch after" in said[5]
+    assert "final loss of the one from scratch, for good: after" in said[5]
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
