@@ -308,26 +308,26 @@ def grow(model, n_layer, dropout):
 # Settings: the flags, and presets of their values
 
 # What differs from GPT-2 124M, whose values are the defaults of the flags. Learning rates and warmup are from
-# the GPT-3 paper (table 2.1 and appendix B). B is a guess at what fits into 80 GB.
+# the GPT-3 paper (table 2.1 and appendix B).
 XL = {"total_batch_size": 2**20, "max_steps": 9536, "warmup_steps": 357, "max_lr": 2e-4}
-GROWN = {"n_embd": 1536, "B": 16, "warmup_steps": 2000}
+GROWN = {"n_embd": 1536, "warmup_steps": 2000}
 PRESETS = {
     "gpt2": {},  # 124M
-    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "max_lr": 3e-4, "B": 32},  # 350M
-    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "max_lr": 2.5e-4, "B": 16},  # 774M
-    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "B": 8} | XL,  # 1558M
-    "gpt3-small": {"T": 2048, "B": 32},
-    "gpt3-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "T": 2048, "max_lr": 3e-4, "B": 16},
-    "gpt3-large": {"n_layer": 24, "n_head": 16, "n_embd": 1536, "T": 2048, "max_lr": 2.5e-4, "B": 8},
-    "gpt3-xl": {"n_layer": 24, "n_head": 16, "n_embd": 2048, "T": 2048, "B": 4} | XL,  # 24 heads in the paper
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "max_lr": 3e-4},  # 350M
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "max_lr": 2.5e-4},  # 774M
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600} | XL,  # 1558M
+    "gpt3-small": {"T": 2048},
+    "gpt3-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "T": 2048, "max_lr": 3e-4},
+    "gpt3-large": {"n_layer": 24, "n_head": 16, "n_embd": 1536, "T": 2048, "max_lr": 2.5e-4},
+    "gpt3-xl": {"n_layer": 24, "n_head": 16, "n_embd": 2048, "T": 2048} | XL,  # 24 heads in the paper
     # A 760M model that was grown from a 580M one (the original has ALiBi in place of learned positions).
     "gpt-580m": {"n_layer": 18, "max_lr": 2.5e-4, "max_steps": 97000} | GROWN,
     "gpt-760m": {"n_layer": 24, "max_lr": 2e-4, "max_steps": 82000, "dropout": 0.1} | GROWN,
     # For a laptop.
-    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "B": 16, "T": 128, "total_batch_size": 2**11,
+    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "T": 128, "total_batch_size": 2**11,
              "max_lr": 2e-3, "max_steps": 1000, "warmup_steps": 50, "val_every": 100, "hellaswag_every": 0,
              "sample_every": 500, "prompt": "Tamsin Vane:", "num_samples": 2, "max_new_tokens": 200,
-             "print_every": 20, "tokenizer": "bytes"},
+             "print_every": 20, "tokenizer": "bytes", "dtype": "float32"},  # whose matrices are too small to gain
 }  # fmt: skip
 SHAPE = ("n_layer", "n_head", "n_embd")
 # A resumed run goes on with the same model on the same batches, so these flags can't change, nor can the
@@ -337,8 +337,8 @@ FIXED = (*SHAPE, "T", "total_batch_size", "seed", "shuffle", "optimizer", "shard
 
 def preset_table(parser):
     """The presets as text: a column for each of the main flags, and below it what else differs from gpt2."""
-    columns = "n_layer", "n_head", "n_embd", "T", "B", "total_batch_size", "max_steps", "max_lr"
-    lines, widths = [], (7, 6, 6, 4, 2, 16, 9, 7)
+    columns = "n_layer", "n_head", "n_embd", "T", "total_batch_size", "max_steps", "max_lr"
+    lines, widths = [], (7, 6, 6, 4, 16, 9, 7)
     for preset, values in {"presets:": dict(zip(columns, columns)), **PRESETS}.items():
         cells = [values.get(name, parser.get_default(name)) for name in columns]
         lines.append(" ".join((f"{preset:12}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths)))))
@@ -372,7 +372,7 @@ def build_parser():
     flag("n_embd", int, 768, "width of the residual stream")
     flag("dropout", float, 0.0, "probability, on attention weights and the output of each attention and MLP")
     group = parser.add_argument_group("batch")
-    flag("B", int, 64, "micro batch: most rows in a forward pass; a step is the same for all values")
+    flag("B", int, None, "micro batch: most rows in a forward pass, which changes no step (what fits)")
     flag("T", int, 1024, "tokens in a row")
     flag("total_batch_size", int, 2**19, "tokens in a step, over all micro steps and ranks")
     group = parser.add_argument_group("optimization")
@@ -398,7 +398,7 @@ def build_parser():
     group = parser.add_argument_group("run")
     flag("seed", int, 42, "random seed of initial weights, data order and dropout")
     flag("device", str, None, "(the fastest there is)", choices=("cpu", "cuda", "mps"))
-    flag("dtype", str, None, "(bfloat16 on GPUs that have it, else float32)", choices=("float32", "bfloat16"))
+    flag("dtype", str, None, "(bfloat16 on hardware that has it, else float32)", choices=("float32", "bfloat16"))
     flag("compile", bool, None, "torch.compile: a minute's wait, then faster steps (on cuda)")
     flag("print_every", int, 1, "steps between printed lines, 0: none; log.txt has all steps")
     flag("checkpoint_every", int, 5000, "steps between checkpoints, 0: never, not even at the end")
@@ -422,9 +422,10 @@ def parse_args(argv=None):
         if not all(isinstance(latest.get(name), kind) for name, kind in needed.items()) or latest["step"] < 0:
             raise UserError(f"{path} has weights only: begin a new run with them, with --init_from")
         for name, value in latest["args"].items():
-            if (default := parser.get_default(name)) is not None and type(value) is not type(default):
-                raise UserError(f"{path}: its --{name} is {value!r:.80}: give the flag, or begin a new run")
-        parser.set_defaults(**latest["args"] | {"log_dir": args.log_dir, "init_from": str(path)})
+            if type(value) in (int, float, str, list):  # as text, argparse verifies it like a typed one
+                value = str(value)
+            parser.set_defaults(**{name: value})
+        parser.set_defaults(log_dir=args.log_dir, init_from=str(path))
     else:
         model = args.model or ("gpt2" if Path(args.data).is_dir() else "tiny")
         parser.set_defaults(model=model, **PRESETS[model])
@@ -449,11 +450,9 @@ def parse_args(argv=None):
         parser.error(f"--min_lr {args.min_lr} is above --max_lr {args.max_lr}: give both")
     if args.warmup_steps > args.max_steps > 0:
         print0(f"warning: --warmup_steps {args.warmup_steps}: in {args.max_steps} steps the rate only rises")
-    rows, rest = divmod(args.total_batch_size, args.T * WORLD_SIZE)  # the rows of a step on each rank
-    if rest:
+    if args.total_batch_size % (args.T * WORLD_SIZE):
         unit = f"T * ranks = {args.T * WORLD_SIZE}"
         parser.error(f"--total_batch_size {args.total_batch_size} is no multiple of {unit}")
-    args.B = next(b for b in range(min(args.B, rows), 0, -1) if rows % b == 0)  # the largest divisor
     cuda, mps = LOCAL_RANK < torch.cuda.device_count(), torch.backends.mps.is_available() and WORLD_SIZE == 1
     devices = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
     args.device = args.device or devices[0]
@@ -465,8 +464,13 @@ def parse_args(argv=None):
 
 
 def pick_dtype(device):
-    """GPUs before Ampere have no units for bfloat16: PyTorch emulates it there, slower than float32."""
-    has_bfloat16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    """bfloat16 where the hardware computes with it (NVIDIA's GPUs since Ampere, x86 processors with AVX512-BF16
+    or AMX). Elsewhere PyTorch emulates it, slower than float32."""
+    if device == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        processor = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        has_bfloat16 = device == "cpu" and (processor.get("avx512_bf16") or processor.get("amx_bf16"))
     return "bfloat16" if has_bfloat16 else "float32"
 
 
@@ -484,8 +488,9 @@ class DataLoaderLite:
     left out. Shards are memory-mapped. UserError for a shard without a row, or with a token not below
     n_vocab."""
 
-    def __init__(self, shards, B, T, rank=0, world_size=1, n_vocab=50257, seed=0, shuffle=False, eot=50256):
-        self.names, self.shards = list(shards), list(shards.values())
+    def __init__(self, shards, B, T, rank=0, world_size=1, n_vocab=50257, seed=0, shuffle=False, eot=50256,
+                 device="cpu"):  # fmt: skip
+        self.names, self.shards, self.device = list(shards), list(shards.values()), device
         self.B, self.T, self.rank, self.world_size = B, T, rank, world_size
         self.n_vocab, self.seed, self.shuffle, self.eot = n_vocab, seed, shuffle, eot
         self.sizes = {name: len(open_shard(shard)) for name, shard in shards.items()}  # tokens
@@ -500,7 +505,7 @@ class DataLoaderLite:
 
     def seek(self, row):
         """Let the next batches, over all ranks, begin at this row of the run."""
-        self.row = row + self.rank * self.B
+        self.row, self.batch = row + self.rank * self.B, None
 
     def order(self, n, *key):
         """The order in which n things are visited, as indices."""
@@ -540,16 +545,25 @@ class DataLoaderLite:
             raise UserError(f"{self.names[shard]} has token {tokens.max()} >= {self.n_vocab}: make it again")
         return tokens
 
-    def next_batch(self):
-        """The next B rows of this rank: inputs and targets, int64 (B, T) each, targets one token ahead."""
+    def prepare(self):
+        """Read the next batch and begin to copy it to the device, for which a GPU need not stop its work."""
         xs, ys, row, end = [], [], self.row, self.row + self.B
         while row < end:
             tokens = torch.from_numpy(self.read_rows(row, end - row).astype(np.int64))
             xs.append(tokens[:-1].view(-1, self.T))
             ys.append(tokens[1:].view(-1, self.T))
             row += len(xs[-1])
-        self.row += self.world_size * self.B
-        return torch.cat(xs), torch.cat(ys)
+        self.batch = torch.cat(xs), torch.cat(ys)
+        if self.device == "cuda":  # only from pinned memory does a GPU copy by itself
+            self.batch = [t.pin_memory().to("cuda", non_blocking=True) for t in self.batch]
+
+    def next_batch(self):
+        """The next B rows of this rank: inputs and targets, int64 (B, T) each, targets one token ahead."""
+        if not self.batch:
+            self.prepare()
+        x, y = self.batch
+        self.row, self.batch = self.row + self.world_size * self.B, None
+        return x.to(self.device), y.to(self.device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -580,9 +594,6 @@ def training_step(lr, args, train_model, optimizers, owners, loader):
         if args.dropout:  # each micro batch has a seed of its own, so a resumed run has the same masks
             torch.manual_seed(args.seed + loader.row)
         x, y = loader.next_batch()
-        if args.device == "cuda":  # from pinned memory, the copy runs while the GPU computes
-            x, y = x.pin_memory(), y.pin_memory()
-        x, y = x.to(args.device, non_blocking=True), y.to(args.device, non_blocking=True)
         if WORLD_SIZE > 1:  # only the last backward averages gradients over ranks; forward prepares for it
             train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with autocast(args):
@@ -590,6 +601,7 @@ def training_step(lr, args, train_model, optimizers, owners, loader):
         loss = loss / grad_accum_steps  # gradients add up over micro steps, but the objective is a mean
         loss.backward()
         total += loss.detach()
+        loader.prepare()  # a GPU is still at work on this batch
     if WORLD_SIZE > 1:
         dist.all_reduce(total)
     norm = nn.utils.clip_grad_norm_(train_model.parameters(), args.grad_clip or math.inf)
@@ -709,7 +721,7 @@ def validate(model, loader, args, stop):
     for first in range(RANK * loader.B, rows, WORLD_SIZE * loader.B):
         if stop:
             break
-        x, y = (t[: rows - first].to(args.device) for t in loader.next_batch())
+        x, y = (t[: rows - first] for t in loader.next_batch())
         with autocast(args):
             _, loss = model(x, y)
         total += loss * len(x)
@@ -831,7 +843,7 @@ def evaluate(step, args, model, val_loader, bytes_per_token, items, stop):
 
 def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, latest, stop):
     """Train from the step of `latest`, what latest.pt holds, else from step 0. A signal in `stop` ends it."""
-    log_dir, start, begin = Path(args.log_dir), latest["step"] if latest else 0, time.time()
+    log_dir, start, begin = Path(args.log_dir), latest["step"] if latest else 0, time.perf_counter()
     optimizers = model.configure_optimizers(args.max_lr, args.weight_decay, args.optimizer == "muon")
     owners = assign_owners(model) if args.zero and WORLD_SIZE > 1 else {}
     if latest:
@@ -872,7 +884,7 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
             return
 
         # One step.
-        t0, lr = time.time(), get_lr(step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
+        t0, lr = time.perf_counter(), get_lr(step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
         try:
             loss, norm = training_step(lr, args, train_model, optimizers, owners, loader)
         except UserError:  # a damaged shard. Several ranks can't save: the others may not have met it
@@ -881,7 +893,8 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
             raise
         if not math.isfinite(loss + norm):
             raise UserError(f"step {step}: loss {loss}, norm {norm}: lower --max_lr, and begin again")
-        print_step(args, model, step, start, loss, lr, norm, time.time() - t0, time.time() - begin)
+        now = time.perf_counter()
+        print_step(args, model, step, start, loss, lr, norm, now - t0, now - begin)
         log(args, step, train=loss, lr=lr, norm=norm)
 
 
@@ -897,8 +910,27 @@ def enough_memory(args):
     except (MemoryError, RuntimeError) as e:  # PyTorch's error of a CPU has no type of its own
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
             raise
-        mend = f"--B {args.B // 2}, which gives the same curve" if args.B > 1 else "a smaller model, or --T"
+        mend = f"--B {args.B // 2}, which gives the same curve" if (args.B or 1) > 1 else "a smaller model"
         raise UserError(f"out of memory with --B {args.B}: try {mend}") from None
+
+
+def micro_batch_size(args, model):
+    """The rows of a micro batch: the largest divisor of a rank's rows of a step that is not above --B or,
+    without the flag, not above what is likely to fit into the memory of the GPU (8 GB, without one)."""
+    B = args.B
+    if not B:
+        config, n_params = model.config, sum(p.numel() for p in model.parameters())
+        memory = torch.cuda.mem_get_info()[0] if args.device == "cuda" else 8e9  # bytes that are free
+        # Bytes: gradients, AdamW's two moments and a copy in bfloat16 of each parameter; what autograd saves
+        # for each layer and channel of a token, as a test counts it; three copies of the logits in float32.
+        state, saved = (4 + 8 + 2) * n_params, 36 if args.dtype == "bfloat16" else 64
+        row = args.T * (saved * config.n_layer * config.n_embd + 12 * config.vocab_size)
+        fits = torch.tensor(max(1.0, (0.9 * memory - state) / row))
+        if WORLD_SIZE > 1:  # the ranks have to agree, and their GPUs may differ
+            dist.all_reduce(fits, dist.ReduceOp.MIN)
+        B = 2 ** int(math.log2(fits))
+    rows = args.total_batch_size // (args.T * WORLD_SIZE)
+    return next(b for b in range(min(B, rows), 0, -1) if rows % b == 0)
 
 
 def create_model(args, source, data):
@@ -945,13 +977,14 @@ def main(argv=None):
         args.remembered |= {name: getattr(config, name) for name in SHAPE}
         if args.T > config.block_size:
             raise UserError(f"--T {args.T} is longer than the model's context: at most {config.block_size}")
+        args.B = micro_batch_size(args, model)
         with warn_only("there will be no samples and no HellaSwag"):
             tokenizer = get_tokenizer(data.tokenizer)
         if args.hellaswag_every:
             items = get_items(tokenizer, config.block_size)
         layout = args.B, args.T, RANK, WORLD_SIZE, min(data.n_vocab, config.vocab_size)
-        loader = DataLoaderLite(data.train, *layout, args.seed, args.shuffle, data.eot)
-        val_loader = DataLoaderLite(data.val, *layout)
+        loader = DataLoaderLite(data.train, *layout, args.seed, args.shuffle, data.eot, args.device)
+        val_loader = DataLoaderLite(data.val, *layout, device=args.device)
         args.shards = args.remembered["shards"] = {Path(name).name: n for name, n in loader.sizes.items()}
         for name in FIXED:
             if latest and getattr(args, name) != (before := latest["args"].get(name)):
@@ -966,7 +999,7 @@ def main(argv=None):
         print0(f"model: {args.model}, {n_params:,} parameters; log in {args.log_dir}")
         print0(f"data: {args.data}, {n_tokens:,} tokens in an epoch")
         print0(f"batch: {args.total_batch_size:,} tokens a step, {args.B} x {args.T} at a time")
-        print0(f"device: {WORLD_SIZE} x {args.device}, {args.dtype}{', compiled' * args.compile}")
+        print0(f"device: {WORLD_SIZE} x {args.device}, {args.dtype}{', compiled' if args.compile else ''}")
         stop = catch_signals(stack) if args.max_steps > 0 else []
         train(args, model, loader, val_loader, data.bytes_per_token, tokenizer, items, latest, stop)
         if args.max_steps > 0 and not stop:

@@ -1,8 +1,8 @@
 """
-What a step teaches: short trainings of the tiny preset, on GPT-2's tokens and 8 x 128 of them a step, with
-AdamW and Muon at several learning rates, three seeds each.
+What a step teaches: short trainings of the tiny preset, on 8 x 128 bytes of text a step, with AdamW and Muon
+at several learning rates, three seeds each.
 
-    python benchmarks/learning_rate.py         # Python's standard library as text, half an hour on 2 cores
+    python benchmarks/learning_rate.py         # Python's standard library as text, ten minutes on 2 cores
     python benchmarks/learning_rate.py --data input.txt --steps 100 --seeds 1
 
 Prints the validation loss at the end, mean and standard deviation over seeds, and after what share of the
@@ -65,11 +65,10 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", help="text file or directory of shards (Python's standard library)")
-    parser.add_argument("--tokenizer", default="gpt2", help="of a text file (%(default)s)")
+    parser.add_argument("--tokenizer", default="bytes", help="of a text file (%(default)s)")
     parser.add_argument("--lrs", type=float, nargs="+", default=[k * LECTURE for k in (1, 3, 9, 27)])
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=250, help="(%(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=500, help="(%(default)s)")
     parser.add_argument("--device", default="cpu", help="(%(default)s)")
     parser.add_argument("--out", default="learning_rate.png", help="the chart (%(default)s)")
     args = parser.parse_args()
@@ -83,7 +82,7 @@ def main():
         def job(setting):
             optimizer, lr, seed = setting
             log_dir = Path(directory, f"{optimizer}-{lr}-{seed}")
-            more = {"optimizer": optimizer, "max_lr": lr, "seed": seed, "dtype": args.dtype}
+            more = {"optimizer": optimizer, "max_lr": lr, "seed": seed}
             return train(log_dir, args.steps, args.device, data=data, tokenizer=args.tokenizer, **more)
 
         runs = [*tqdm(pool.map(job, jobs), total=len(jobs))]

@@ -1,10 +1,10 @@
 """
-What is a finished small model worth to a larger one? The tiny preset with 3 layers, on GPT-2's tokens and
-8 x 128 of them a step, trained to the end, is grown to 4 layers (layer j begins as layer floor(j * 3 / 4))
-and trained on, beside one of 4 layers from scratch, and the 3 layers trained on for as long, which is the
-control: what more training alone would have given. Three seeds.
+What is a finished small model worth to a larger one? The tiny preset with 3 layers, on 8 x 128 bytes of
+text a step, is trained to the end, grown to 4 layers (layer j begins as layer floor(j * 3 / 4)) and trained
+on. Beside it, one of 4 layers is trained from scratch, and the 3 layers are trained on for as long, which is
+the control: what more training alone would have given. Three seeds.
 
-    python benchmarks/warm_start.py            # Python's standard library as text, some 10 minutes on 2 cores
+    python benchmarks/warm_start.py            # Python's standard library as text, five minutes on 2 cores
     python benchmarks/warm_start.py --data input.txt --steps 100 --seeds 1
 
 Prints the losses and how many steps the grown model needs for the final loss of the one from scratch, and
@@ -32,11 +32,11 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", help="text file or directory of shards (Python's standard library)")
-    parser.add_argument("--tokenizer", default="gpt2", help="of a text file (%(default)s)")
+    parser.add_argument("--tokenizer", default="bytes", help="of a text file (%(default)s)")
     parser.add_argument("--layers", type=int, nargs=2, default=[3, 4], help="of the two models (%(default)s)")
     parser.add_argument("--max_lr", type=float, default=2e-3, help="of all trainings (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=250, help="of each training (%(default)s)")
+    parser.add_argument("--steps", type=int, default=500, help="of each training (%(default)s)")
     parser.add_argument("--out", default="warm_start.png", help="the chart (%(default)s)")
     args = parser.parse_args()
     small, large = args.layers
@@ -44,7 +44,7 @@ def main():
         data = Path(args.data or Path(directory, "stdlib.txt")).resolve()
         if not args.data:
             standard_library(data)
-        common = {"data": data, "tokenizer": args.tokenizer, "max_lr": args.max_lr, "dtype": "bfloat16"}
+        common = {"data": data, "tokenizer": args.tokenizer, "max_lr": args.max_lr}
 
         def grown(seed):  # the small one first
             first, second = Path(directory, f"small-{seed}"), Path(directory, f"grown-{seed}")

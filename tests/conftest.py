@@ -24,7 +24,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "16", "--T", "16", "--B", "2", "--total_batch_size", "128"]
-TINY += ["--device", "cpu", "--sample_every", "0", "--hellaswag_every", "0", "--warmup_steps", "2", "--max_lr", "1e-2"]
+TINY += ["--device", "cpu", "--dtype", "float32", "--sample_every", "0", "--hellaswag_every", "0", "--warmup_steps", "2", "--max_lr", "1e-2"]
 
 
 def pytest_configure(config):

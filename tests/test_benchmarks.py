@@ -46,7 +46,7 @@ def test_a_loss_that_is_only_touched_is_not_reached():
 @pytest.mark.slow
 def test_learning_rates_are_compared(run, tmp_path):
     flags = ["--data", ROOT / "input.txt", "--tokenizer", "bytes", "--lrs", 2e-3, "--seeds", 1, "--steps", 10]
-    said = run("learning_rate", *flags, "--dtype", "float32", "--out", tmp_path / "chart.png").splitlines()
+    said = run("learning_rate", *flags, "--out", tmp_path / "chart.png").splitlines()
     finals = {tuple(line.split()[:2]): float(line.split()[2]) for line in said[1:3]}
     assert finals.keys() == {("adamw", "0.002"), ("muon", "0.002")}
     assert all(loss < 4.5 for loss in finals.values())  # 5.5 at random
