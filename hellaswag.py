@@ -211,7 +211,7 @@ def parse_args(argv):
     what.add_argument("-m", "--model", type=nonempty, help="released name, Hugging Face directory or .pt")
     what.add_argument("--contamination", metavar="DIR", type=nonempty, help="shards to search for items")
     flag("-d", "--device", choices=("cpu", "cuda", "mps"), help="(cuda where there is one, else cpu)")
-    flag("--dtype", choices=("float32", "bfloat16"), help="(bfloat16 on hardware that has it, else float32)")
+    flag("--dtype", choices=("float32", "bfloat16"), help="(bfloat16 on hardware with it, else float32)")
     flag("--batch_size", type=int, help="rows at a time, which changes no guess (16 on cpu, else 128)")
     flag("--split", choices=("train", "val"), default="val", help="of the published files (%(default)s)")
     flag("--data", metavar="FILE", help="a .jsonl file in the published format instead")

@@ -323,11 +323,11 @@ PRESETS = {
     # A 760M model that was grown from a 580M one (the original has ALiBi in place of learned positions).
     "gpt-580m": {"n_layer": 18, "max_lr": 2.5e-4, "max_steps": 97000} | GROWN,
     "gpt-760m": {"n_layer": 24, "max_lr": 2e-4, "max_steps": 82000, "dropout": 0.1} | GROWN,
-    # For a laptop.
+    # For a laptop. Such small matrices don't gain from bfloat16.
     "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "T": 128, "total_batch_size": 2**11,
              "max_lr": 2e-3, "max_steps": 1000, "warmup_steps": 50, "val_every": 100, "hellaswag_every": 0,
              "sample_every": 500, "prompt": "Tamsin Vane:", "num_samples": 2, "max_new_tokens": 200,
-             "print_every": 20, "tokenizer": "bytes", "dtype": "float32"},  # whose matrices are too small to gain
+             "print_every": 20, "tokenizer": "bytes", "dtype": "float32"},
 }  # fmt: skip
 SHAPE = ("n_layer", "n_head", "n_embd")
 # A resumed run goes on with the same model on the same batches, so these flags can't change, nor can the
@@ -398,7 +398,7 @@ def build_parser():
     group = parser.add_argument_group("run")
     flag("seed", int, 42, "random seed of initial weights, data order and dropout")
     flag("device", str, None, "(the fastest there is)", choices=("cpu", "cuda", "mps"))
-    flag("dtype", str, None, "(bfloat16 on hardware that has it, else float32)", choices=("float32", "bfloat16"))
+    flag("dtype", str, None, "(bfloat16 on hardware with it, else float32)", choices=("float32", "bfloat16"))
     flag("compile", bool, None, "torch.compile: a minute's wait, then faster steps (on cuda)")
     flag("print_every", int, 1, "steps between printed lines, 0: none; log.txt has all steps")
     flag("checkpoint_every", int, 5000, "steps between checkpoints, 0: never, not even at the end")
@@ -464,8 +464,8 @@ def parse_args(argv=None):
 
 
 def pick_dtype(device):
-    """bfloat16 where the hardware computes with it (NVIDIA's GPUs since Ampere, x86 processors with AVX512-BF16
-    or AMX). Elsewhere PyTorch emulates it, slower than float32."""
+    """bfloat16 where the hardware computes with it: NVIDIA's GPUs since Ampere, processors with AVX512-BF16 or
+    AMX. Elsewhere PyTorch emulates it, slower than float32."""
     if device == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -757,8 +757,13 @@ def get_items(tokenizer, block_size):
 # --------------------------------------------------------------------------------------------------
 # The training loop
 
-# Dense bfloat16 FLOP/s, from the vendors' data sheets.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
+# FLOP/s of dense matrix products, from NVIDIA's data sheets and white papers: in bfloat16, added up in
+# float32; in float32 for T4 and V100, which have no bfloat16. The first name found in the GPU's name counts.
+PEAK_FLOPS = {
+    "A100": 312e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L4": 121e12, "H100 PCIe": 756e12,
+    "H100": 989e12, "H200": 989e12, "B200": 2250e12, "T4": 8.1e12, "V100": 15.7e12,
+    "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12,
+}  # fmt: skip
 
 
 def describe_speed(args, model, seconds):
@@ -884,7 +889,8 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
             return
 
         # One step.
-        t0, lr = time.perf_counter(), get_lr(step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
+        t0 = time.perf_counter()
+        lr = get_lr(step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
         try:
             loss, norm = training_step(lr, args, train_model, optimizers, owners, loader)
         except UserError:  # a damaged shard. Several ranks can't save: the others may not have met it

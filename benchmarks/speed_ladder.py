@@ -1,13 +1,16 @@
 """
-The lecture's ladder, 1000 to 90 ms a step on an A100, on your own machine, and this project's rungs above.
+How fast is a training step, and where does its time go? Each rung of the lecture's ladder, 1000 to 90 ms a
+step on an A100, on your own machine.
 
-    python benchmarks/speed_ladder.py                          # GPT-2 124M; B=4 on a CPU, 64 on a GPU; T=1024
-    python benchmarks/speed_ladder.py --n_layer 2 --T 256      # in a few minutes
+    python benchmarks/speed_ladder.py                      # GPT-2 124M; B=4 on a CPU, 16 on a GPU; T=1024
+    python benchmarks/speed_ladder.py --n_layer 2 --T 256  # in a few minutes
 
-Each rung keeps what the one below it brought. A rung is a process of its own, started once a round, so that
-each has its own memory and the machine's moods are shared; its figure is the median over rounds of all steps
-but the first of each. A step is forward, backward, clipping and the optimizer's step on the same B x T random
-tokens.
+Each rung keeps what the rungs before it have. A rung is a process of its own, started once a round, so that
+each has its own memory, and a slow minute of the machine is shared by all. Its figure is the median over the
+rounds of all steps but the first. A step is forward, backward, clipping and the optimizer's step on the same
+B x T random tokens. On a GPU, the fastest rung is measured again with other B, and the time of its step is
+divided among matrix products, attention, the rest of the model, the optimizer and waiting. A rung that does
+not fit into memory is left out. Writes a picture, and everything as JSON.
 """
 
 import sys
@@ -22,13 +25,14 @@ import resource
 import statistics
 import subprocess
 import time
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
 
 from train_gpt2 import GPT, PEAK_FLOPS, GPTConfig, set_up_process
 
-# Name, what it adds to the one above, and the lecture's ms on one A100 (B=16, T=1024).
+# Name, what it adds to the one before, and the lecture's ms on one A100 (B=16, T=1024).
 RUNGS = [
     ("float32", {}, 1000),
     ("TF32", {"tf32": True}, 333),
@@ -38,20 +42,23 @@ RUNGS = [
     ("vocabulary 50,304", {"vocab_size": 50304}, 93),
     ("fused AdamW", {"fused": True}, 90),
     ("freed memory kept", {"keep": True}, None),
-    ("all but compile", {"compile": False}, None),
+    ("not compiled", {"compile": False}, None),
 ]
-# What the last two are compared with: AdamW a parameter at a time, nothing compiled.
-PLAIN = "plain eager"
+# Words in the names of a GPU's kernels.
+KINDS = {
+    "attention": ("flash", "fmha", "sdpa", "cudnn"),
+    "matrix products": ("gemm", "nvjet", "xmma", "cutlass", "splitk"),
+    "optimizer": ("adam", "multi_tensor"),
+}
 
 
 def rungs(device):
-    """{name: (options, lecture's ms)}, options accumulated, without the rungs that this device has not."""
+    """{name: (options, lecture's ms)}, options accumulated, without rungs that this device does not have."""
     ladder, options = {}, {"vocab_size": 50257}
     for name, more, lecture in RUNGS:
         if not ("tf32" in more and device != "cuda" or "keep" in more and device != "cpu"):
             options = options | more
             ladder[name] = options, lecture
-    ladder[PLAIN] = {"vocab_size": 50304, "tf32": device == "cuda", "bfloat16": True, "flash": True}, None
     return ladder
 
 
@@ -61,8 +68,13 @@ def four_line_attention(q, k, v, dropout_p, is_causal):
     return att.softmax(dim=-1) @ v
 
 
-def measure(args, vocab_size, **options):
-    """One rung, in this process: {"ms": of each step, "loss": before the first one, "MB": peak memory}."""
+def wait(args):
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def make_step(args, vocab_size, **options):
+    """A function that does a training step and returns its loss, a tensor."""
     names = "tf32", "bfloat16", "compile", "flash", "fused", "keep"
     tf32, bfloat16, compile, flash, fused, keep = (options.get(name, False) for name in names)
     if keep:
@@ -71,35 +83,48 @@ def measure(args, vocab_size, **options):
         F.scaled_dot_product_attention = four_line_attention
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.manual_seed(42)
+    # The weights are the same with and without the padding of the vocabulary.
     drawn = GPT(GPTConfig(args.T, 50304, args.n_layer, args.n_head, args.n_embd)).state_dict()
-    model = GPT(GPTConfig(args.T, vocab_size, args.n_layer, args.n_head, args.n_embd))
     for name in "transformer.wte.weight", "lm_head.weight":
         drawn[name] = drawn[name][:vocab_size]
+    model = GPT(GPTConfig(args.T, vocab_size, args.n_layer, args.n_head, args.n_embd))
     model.load_state_dict(drawn)
-    del drawn
     model.to(args.device)
-    how = {"fused": True} if fused else {"foreach": False}
+    how = {"fused": True} if fused else {"foreach": False}  # foreach=False: a tensor at a time
     how |= {"lr": 6e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     optimizer = torch.optim.AdamW(model.parameters(), **how)
     train_model = torch.compile(model) if compile else model
     torch.manual_seed(0)
     tokens = torch.randint(50257, (args.B, args.T + 1)).to(args.device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    ms, losses = [], []
-    for _ in range(args.steps + 1):
-        start = time.perf_counter()
+
+    def step():
         with torch.autocast(args.device, torch.bfloat16, enabled=bfloat16):
-            _, loss = train_model(x, y)
+            loss = train_model(x, y)[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())  # waits for the GPU
-        ms.append((time.perf_counter() - start) * 1000)
+        return loss.detach()
+
+    return step
+
+
+def measure(args, options):
+    """{"loss": before the first step, "first": its seconds, "ms": of each other step, "MB": peak memory}."""
+    step, times = make_step(args, **options), []
+    for i in range(args.steps + 1):
+        wait(args)
+        start = time.perf_counter()
+        loss = step()
+        wait(args)
+        times.append(time.perf_counter() - start)
+        if i == 0:
+            first_loss = loss.item()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     if args.device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
-    return {"ms": ms[1:], "loss": losses[0], "MB": peak}
+    return {"loss": first_loss, "first": times[0], "ms": [1000 * t for t in times[1:]], "MB": peak}
 
 
 def measure_matmul(args):
@@ -107,20 +132,66 @@ def measure_matmul(args):
     set_up_process()
     C, N, total = args.n_embd, args.B * args.T, 0
     weights = [(args.n_layer, n, k) for n, k in ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C))]
-    weights.append((1, 50304, C))
-    for count, n, k in weights:
+    for count, n, k in [*weights, (1, 50304, C)]:
         w, x = (torch.randn(shape, device=args.device).bfloat16() for shape in ((n, k), (N, k)))
         y, times = F.linear(x, w), []
         for _ in range(args.steps + 1):
-            if args.device == "cuda":
-                torch.cuda.synchronize()
+            wait(args)
             start = time.perf_counter()
             F.linear(x, w), y @ w, y.t() @ x
-            if args.device == "cuda":
-                torch.cuda.synchronize()
+            wait(args)
             times.append(time.perf_counter() - start)
         total += count * statistics.median(times[1:]) * 1000
     return {"ms": [total]}
+
+
+def profile(args, options):
+    """{kind: share of a step's time}, where a GPU's kernels have the kinds of KINDS, "rest" or "waiting"."""
+    step, ms = make_step(args, **options), Counter()
+    for _ in range(3):
+        step()
+    wait(args)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities[: 2 if args.device == "cuda" else 1]) as profiler:
+        start = time.perf_counter()
+        for _ in range(3):
+            step()
+        wait(args)
+        total = (time.perf_counter() - start) * 1000
+    for event in profiler.key_averages():
+        name = event.key.lower()
+        kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "rest")
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            ms[kind] += event.self_device_time_total / 1000
+    ms["waiting"] = total - ms.total()
+    return {kind: t / total for kind, t in ms.most_common()}
+
+
+def start_process(args, **flags):
+    """What a process of its own measures with these flags beside those of this one; None if it fails."""
+    more = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    done = subprocess.run([sys.executable, *sys.argv, *more], capture_output=True, text=True)
+    print(" ".join(map(str, flags.values())), "failed" if done.returncode else "", file=sys.stderr)
+    if done.returncode:
+        print("  " + (done.stderr.splitlines() or ["killed"])[-1], file=sys.stderr)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def draw(path, medians, matmul, title):
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(8, 0.4 * len(medians) + 1), layout="constrained")
+    ax.barh(medians.keys(), medians.values(), color="#3465a4")
+    for i, ms in enumerate(medians.values()):
+        ax.text(ms, i, f" {ms:,.0f}", va="center")
+    ax.axvline(matmul, color="#c03030", ls="--", lw=1)
+    ax.text(matmul, -0.55, " matrix products alone", color="#c03030", size=8, va="bottom")
+    ax.invert_yaxis()
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set(xlabel="ms a step", xlim=(0, 1.12 * max(medians.values())))
+    ax.set_title(title, pad=18)
+    fig.savefig(path, dpi=110)
 
 
 def main():
@@ -130,67 +201,67 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name, default in ("n_layer", 12), ("n_head", 12), ("n_embd", 768), ("T", 1024):
         parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
-    parser.add_argument("--B", type=int, help="rows of a step (4 on a CPU, 64 on a GPU)")
-    parser.add_argument("--steps", type=int, default=3, help="measured in each round (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--out", default="speed_ladder.png", help="the chart (%(default)s)")
+    parser.add_argument("--B", type=int, help="rows of a step (4 on a CPU, 16 on a GPU)")
+    parser.add_argument("--sweep", type=int, nargs="*", help="other B (on a GPU 4 8 32 64, else none)")
+    parser.add_argument("--steps", type=int, help="measured in each round (3 on a CPU, 20 on a GPU)")
+    parser.add_argument("--rounds", type=int, help="(3 on a CPU, 1 on a GPU)")
+    parser.add_argument("--out", default="speed_ladder", help="the picture and the JSON (%(default)s)")
     parser.add_argument("--rung", help=argparse.SUPPRESS)  # what a process is told to measure
     args = parser.parse_args()
-    args.B = args.B or (64 if args.device == "cuda" else 4)
+    cuda = args.device == "cuda"
+    defaults = {"B": 16, "steps": 20, "rounds": 1} if cuda else {"B": 4, "steps": 3, "rounds": 3}
+    for name, value in defaults.items():
+        setattr(args, name, getattr(args, name) or value)
+    args.sweep = args.sweep if args.sweep is not None else [4, 8, 32, 64] * cuda
     ladder = rungs(args.device)
     if args.rung:
-        one = measure_matmul(args) if args.rung == "matmul" else measure(args, **ladder[args.rung][0])
-        print(json.dumps(one))
+        best = ladder["fused AdamW"][0]
+        special = {"matmul": lambda: measure_matmul(args), "profile": lambda: profile(args, best)}
+        print(json.dumps(special.get(args.rung, lambda: measure(args, ladder[args.rung][0]))()))
         return
 
-    results = {rung: [] for rung in (*ladder, "matmul")}
-    for number in range(args.rounds):
-        for rung in results:
-            done = subprocess.run([sys.executable, *sys.argv, "--rung", rung], capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"{rung}: {done.stderr}")
-            results[rung].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"round {number + 1} of {args.rounds}: {rung}", file=sys.stderr)
-    times = {rung: [ms for result in rounds for ms in result["ms"]] for rung, rounds in results.items()}
-    medians = {rung: statistics.median(ms) for rung, ms in times.items()}
+    names = *ladder, "matmul"
+    rounds = [{name: start_process(args, rung=name) for name in names} for _ in range(args.rounds)]
+    results = {name: [r[name] for r in rounds if r[name]] for name in names}
+    results = {name: found for name, found in results.items() if found}
+    times = {name: [ms for result in found for ms in result["ms"]] for name, found in results.items()}
+    medians = {name: statistics.median(ms) for name, ms in times.items()}
     matmul = medians.pop("matmul")
-    model = GPT(GPTConfig(args.T, 50304, args.n_layer, args.n_head, args.n_embd))
+    sweep = {B: start_process(args, B=B, rung="fused AdamW") for B in args.sweep}
+    shares = start_process(args, rung="profile") if cuda else None
+
+    with torch.device("meta"):
+        model = GPT(GPTConfig(args.T, 50304, args.n_layer, args.n_head, args.n_embd))
     n_params = sum(p.numel() for p in model.parameters())
     a_token = 6 * (n_params - args.T * args.n_embd) + 12 * args.n_layer * args.n_embd * args.T
-    flops = a_token * args.B * args.T
-    kind = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    peak = next((v for k, v in PEAK_FLOPS.items() if k in kind), None)
-    print(f"GPT-2 with {n_params:,} parameters, B={args.B}, T={args.T}, {kind}, torch {torch.__version__}")
-    print(f"The bfloat16 matrix products of a step alone: {matmul:.0f} ms; `matmul` is its share of a rung.")
-    print(f"{'':24} {'ms':>7} {'tokens/s':>9} {'gain':>6} {'in all':>6} {'matmul':>7} {'MFU':>6} {'MB':>6} "
-          f"{'loss':>8} {'A100':>6}")  # fmt: skip
-    before = first = medians["float32"]
-    for rung, ms in medians.items():
-        gain = "" if rung == PLAIN else f"{before / ms:.2f}"
-        mfu = f"{flops / ms * 1000 / peak:.1%}" if peak else ""
-        memory, loss = max(result["MB"] for result in results[rung]), results[rung][0]["loss"]
-        print(
-            f"{rung:24} {ms:7.0f} {args.B * args.T / ms * 1000:9,.0f} {gain:>6} {first / ms:6.2f} "
-            f"{matmul / ms:7.0%} {mfu:>6} {memory:6.0f} {loss:8.4f} {ladder[rung][1] or '':>6}"
-        )
+    kind = torch.cuda.get_device_name() if cuda else "CPU"
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in kind), None)
+
+    def line(name, B, result, ms):
+        mfu = f"{a_token * B * args.T / ms * 1000 / peak:.1%}" if peak else ""
+        print(f"{name:18} {ms:7.0f} {B * args.T / ms * 1000:9,.0f} {mfu:>6} {result['MB']:7.0f} "
+              f"{result['first']:6.1f} {result['loss']:8.4f}", end="")  # fmt: skip
+
+    title = f"{n_params / 1e6:.0f}M parameters, {args.B} x {args.T} tokens, {kind}, torch {torch.__version__}"
+    print(f"{title}\nthe bfloat16 matrix products of a step alone: {matmul:.0f} ms")
+    # first: seconds of the first step; matmul: share of the matrix products; A100: the lecture's ms
+    print(f"{'':18} {'ms':>7} {'tokens/s':>9} {'MFU':>6} {'MB':>7} {'first':>6} {'loss':>8} {'gain':>6} "
+          f"{'matmul':>6} {'A100':>5}")  # fmt: skip
+    before = None
+    for name, ms in medians.items():
+        line(name, args.B, results[name][0], ms)
+        print(f" {before / ms if before else 1:6.2f} {matmul / ms:6.0%} {ladder[name][1] or '':>5}")
         before = ms
-
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(8, 0.4 * len(medians) + 1), layout="constrained")
-    colors = ["#3465a4" if rung != PLAIN else "#999999" for rung in medians]
-    ax.barh(medians.keys(), medians.values(), color=colors)
-    for i, ms in enumerate(medians.values()):
-        ax.text(ms, i, f" {ms:,.0f}", va="center")
-    ax.axvline(matmul, color="#c03030", ls="--", lw=1)
-    ax.text(matmul, -0.55, " matrix products alone", color="#c03030", size=8, va="bottom")
-    ax.invert_yaxis()
-    ax.spines[["top", "right"]].set_visible(False)
-    title = f"{n_params / 1e6:.0f}M parameters, {args.B} x {args.T} tokens, {kind}"
-    ax.set(xlabel="ms a step", xlim=(0, 1.12 * max(medians.values())))
-    ax.set_title(title, pad=18)
-    fig.savefig(args.out, dpi=110)
-    print(f"chart in {args.out}")
+    for B, result in sweep.items():
+        if result:
+            line(f"fused AdamW, B={B}", B, result, statistics.median(result["ms"]))
+            print()
+    if shares:
+        print("where the time goes:", ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
+    draw(f"{args.out}.png", medians, matmul, title)
+    everything = {"about": title, "rungs": results, "sweep": sweep, "profile": shares}
+    Path(f"{args.out}.json").write_text(json.dumps(everything, indent=1))
+    print(f"written: {args.out}.png {args.out}.json")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def main():
         runs = [job.result() for job in tqdm(jobs)]
     steps = np.array(list(runs[1]))
     befores, afters, controls = zip(*runs[::2])
-    names = f"{small} layers", f"{large} layers, grown", f"{large} layers, from scratch", f"{small} layers, on"
+    grown_name, scratch_name = f"{large} layers, grown", f"{large} layers, from scratch"
+    names = f"{small} layers", grown_name, scratch_name, f"{small} layers, on"
     four = zip(names, (befores, afters, runs[1::2], controls))
     curves = {name: np.array([list(run.values()) for run in seeds]) for name, seeds in four}
     print(f"{'validation loss':24} {'at step 0':>9} {'at the end':>10} {'std':>6}")

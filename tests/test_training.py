@@ -521,8 +521,10 @@ def test_time_of_a_step_tokens_a_second_and_time_left(shards, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize(
-    "name, peak", [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H200", 989e12)]
-)
+    "name, peak",
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H200", 989e12),
+     ("NVIDIA A10", 125e12), ("NVIDIA A10G", 70e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12)],
+)  # fmt: skip
 def test_share_of_the_peak(monkeypatch, name, peak):
     """GPT-2 124M by hand: 6 FLOPs for each of 123,653,376 weights, 12 * 12 layers * 768 * 1024 for attention."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
