@@ -118,7 +118,7 @@ def readable(path, mend):
     except UserError:
         raise
     except Exception as e:
-        reason = getattr(e, "strerror", None) or f"{type(e).__name__}: {e}".splitlines()[0]
+        reason = getattr(e, "strerror", None) or " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise UserError(f"{path} can't be read ({reason}): {mend}") from None
 
 

@@ -221,7 +221,8 @@ class GPT(nn.Module):
             hf, info = GPT2LMHeadModel.from_pretrained(name_or_dir, output_loading_info=True)
             if info["missing_keys"]:
                 raise ValueError(f"{sorted(info['missing_keys'])[0]} is missing")
-            tokenizer = getattr(c, "tokenizer", "gpt2" if c.vocab_size == 50257 else "tokenizer.json")
+            guess = "gpt2" if c.vocab_size in (50257, 50304) else "tokenizer.json"  # with or without padding
+            tokenizer = getattr(c, "tokenizer", guess)
             if tokenizer not in ("gpt2", "bytes"):
                 tokenizer = str(Path(name_or_dir, tokenizer))
             model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, 0.0, tokenizer))
@@ -362,7 +363,7 @@ def build_parser():
     group = parser.add_argument_group("data")
     data = "edu_fineweb10B" if any(Path("edu_fineweb10B").glob("*train*")) else "input.txt"
     flag("data", str, data, "directory of shards (edu_fineweb10B if it exists) or text file")
-    flag("tokenizer", str, "gpt2", "of a text file: gpt2, bytes, or a tokenizer.json of Hugging Face")
+    flag("tokenizer", str, None, "of a text file: gpt2, bytes, or a tokenizer.json (the model's, else gpt2)")
     flag("shuffle", bool, True, "a new order of shards and documents in every epoch")
     group = parser.add_argument_group("model")
     flag("model", str, None, "preset (gpt2 for shards, else tiny)", choices=PRESETS, metavar="PRESET")
@@ -422,15 +423,14 @@ def parse_args(argv=None):
         if not all(isinstance(latest.get(name), kind) for name, kind in needed.items()) or latest["step"] < 0:
             raise UserError(f"{path} has weights only: begin a new run with them, with --init_from")
         for name, value in latest["args"].items():
-            if type(value) in (int, float, str, list):  # as text, argparse verifies it like a typed one
-                value = str(value)
-            parser.set_defaults(**{name: value})
+            known = name == "shards" or isinstance(value, (bool, type(parser.get_default(name))))
+            parser.set_defaults(**{name: value if known else str(value)})  # argparse verifies text
         parser.set_defaults(log_dir=args.log_dir, init_from=str(path))
     else:
         model = args.model or ("gpt2" if Path(args.data).is_dir() else "tiny")
         parser.set_defaults(model=model, **PRESETS[model])
-        if args.init_from and not args.model:
-            parser.set_defaults(**dict.fromkeys(SHAPE))  # None: the shape that the weights have
+        if args.init_from:  # None: what the weights have
+            parser.set_defaults(tokenizer=None, **dict.fromkeys(() if args.model else SHAPE))
     args = parser.parse_args(argv)
     args.remembered = vars(args).copy()  # before the defaults that depend on this machine are filled in
 
@@ -464,8 +464,8 @@ def parse_args(argv=None):
 
 
 def pick_dtype(device):
-    """bfloat16 where the hardware computes with it: NVIDIA's GPUs since Ampere, processors with AVX512-BF16 or
-    AMX. Elsewhere PyTorch emulates it, slower than float32."""
+    """bfloat16 where the hardware computes with it: NVIDIA's GPUs since Ampere, CPUs with AVX512-BF16 or AMX.
+    Elsewhere PyTorch emulates it, slower than float32."""
     if device == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -781,8 +781,8 @@ def describe_speed(args, model, seconds):
 
 def print_next(args):
     """Print what a finished run has written, and commands that can come next, as they can be pasted."""
-    names = ["log.txt", f"model_{args.max_steps:05d}.pt", "latest.pt"][: 3 if args.checkpoint_every else 1]
-    print0("written:", *(Path(args.log_dir, name) for name in names))
+    paths = [Path(args.log_dir, name) for name in ("log.txt", f"model_{args.max_steps:05d}.pt", "latest.pt")]
+    print0("written:", *(path for path in paths if path.exists()))
     if args.checkpoint_every:
         python = os.path.relpath(sys.executable)
         ranks = os.environ.get("LOCAL_WORLD_SIZE", 1)  # of this node: a run may go on with fewer
@@ -881,7 +881,7 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
             log(args, step, **figures)
         if tokenizer and is_due(args.sample_every, step, args) and (step > 0 or last):
             print_samples(model, tokenizer, args)
-        if is_due(args.checkpoint_every, step, args) and step > 0:
+        if is_due(args.checkpoint_every, step, args) and step > start:
             # A full disk costs a warning in mid-run; at the end of the run it is an error.
             with contextlib.nullcontext() if last else warn_only("training goes on without it"):
                 save(f"model_{step:05d}.pt", "latest.pt")
@@ -951,10 +951,9 @@ def create_model(args, source, data):
         if wanted < has or (wanted > has and name != "n_layer"):  # a model grows in layers only
             raise UserError(f"{origin} has {name} {has}, not {wanted}: leave --{name} out")
     has, wanted = config.tokenizer, data.tokenizer
-    if os.path.isfile(has) and os.path.isfile(wanted):  # files of different layout may hold one tokenizer
-        same = get_tokenizer(has).bpe.to_str() == get_tokenizer(wanted).bpe.to_str()
-    else:
-        same = has == wanted
+    same = has == wanted
+    if {has, wanted}.isdisjoint({"gpt2", "bytes"}):  # two files; the model's may have been moved away
+        same = not Path(has).exists() or get_tokenizer(has).bpe.to_str() == get_tokenizer(wanted).bpe.to_str()
     if not same:
         raise UserError(f"{origin} has the tokenizer {has}, and {args.data} has {wanted}: use data of that")
     source.config = replace(config, tokenizer=data.tokenizer)
@@ -977,7 +976,8 @@ def main(argv=None):
         if Path(args.data).is_dir():
             data = find_shards(args.data)
         else:
-            data = load_text(args.data, get_tokenizer(source.config.tokenizer if source else args.tokenizer))
+            own = source.config.tokenizer if source else "gpt2"
+            data = load_text(args.data, get_tokenizer(args.tokenizer or own))
         model = create_model(args, source, data).to(args.device).train()
         config = model.config
         args.remembered |= {name: getattr(config, name) for name in SHAPE}
@@ -1002,7 +1002,7 @@ def main(argv=None):
             if RANK == 0:
                 open_log(args, latest, config, loader)
         n_params, n_tokens = sum(p.numel() for p in model.parameters()), loader.rows_per_epoch * args.T
-        print0(f"model: {args.model}, {n_params:,} parameters; log in {args.log_dir}")
+        print0(f"model: {args.init_from or args.model}, {n_params:,} parameters; log in {args.log_dir}")
         print0(f"data: {args.data}, {n_tokens:,} tokens in an epoch")
         print0(f"batch: {args.total_batch_size:,} tokens a step, {args.B} x {args.T} at a time")
         print0(f"device: {WORLD_SIZE} x {args.device}, {args.dtype}{', compiled' if args.compile else ''}")

@@ -258,6 +258,26 @@ def test_weights_and_data_of_different_tokenizers_are_refused(corpora, tmp_path)
     main("--data", tmp_path / "same", *flags)
     with pytest.raises(UserError, match="same.json, and .*other has .*other/tokenizer.json"):
         main("--data", tmp_path / "other", *flags)
+    with pytest.raises(UserError, match="same.json, and .*input.txt has bytes"):
+        main("--data", ROOT / "input.txt", *flags, "--tokenizer", "bytes")
+
+
+def test_a_tokenizer_that_was_moved_is_given_by_the_flag_or_by_the_shards(corpora, tmp_path, capsys):
+    """A checkpoint remembers where its tokenizer.json was."""
+    file = tmp_path / "own.json"
+    file.write_text((corpora / "bpe" / "tokenizer.json").read_text())
+    text = ["--data", ROOT / "input.txt", *TINY, "--val_tokens", 640, "--checkpoint_every", 1, "--log_dir", tmp_path / "log"]
+    main(*text, "--tokenizer", file, "--max_steps", 1)
+    file.rename(tmp_path / "moved.json")
+    begin = ["--init_from", tmp_path / "log" / "latest.pt", *TINY, "--val_tokens", 640, "--max_steps", 0]
+    with pytest.raises(UserError, match="own.json can't be read"):
+        main("--data", ROOT / "input.txt", *begin)
+    main("--data", ROOT / "input.txt", *begin, "--tokenizer", tmp_path / "moved.json")
+    fineweb.main(["--input", f"{corpora}/play.jsonl", "--tokenizer", str(tmp_path / "moved.json"), "--out", str(tmp_path / "shards"),
+                  "--shard_size", "40000"])  # fmt: skip
+    main("--data", tmp_path / "shards", *begin)
+    main("--resume", "--log_dir", tmp_path / "log", "--tokenizer", tmp_path / "moved.json", "--max_steps", 2)
+    assert load(tmp_path / "log" / "latest.pt")["config"]["tokenizer"] == str(tmp_path / "moved.json")
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])

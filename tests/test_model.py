@@ -162,6 +162,13 @@ def test_the_files_of_a_released_model_load(tmp_path, prefix):
     torch.testing.assert_close(model(idx)[0], reference(idx).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("vocab_size, name", [(50257, "gpt2"), (50304, "gpt2"), (50000, "tokenizer.json")])
+def test_a_directory_with_the_vocabulary_of_gpt2_padded_or_not_has_its_tokenizer(tmp_path, vocab_size, name):
+    """Any other has its own, if this script has not written down which."""
+    GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    assert GPT.from_pretrained(tmp_path).config.tokenizer == (name if name == "gpt2" else str(tmp_path / name))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("max_shard_size", ["5GB", "50KB"])
 def test_weights_of_any_dtype_in_any_number_of_files_become_float32(tmp_path, dtype, max_shard_size):
@@ -481,3 +488,10 @@ def test_checksums_of_a_checkpoint_are_verified(tmp_path):
     assert torch.load(tmp_path / "a.pt", weights_only=True)
     with pytest.raises(UserError, match="a.pt can't be read .*checksum"):
         GPT.from_checkpoint(tmp_path / "a.pt")
+
+
+def test_weights_with_other_names_are_named(tmp_path):
+    state = {f"module.{name}": w for name, w in GPT(SMALL).state_dict().items()}
+    torch.save({"model": state, "config": vars(SMALL)}, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"model.pt can't be read .*Missing key.*transformer.wte.weight"):
+        GPT.from_checkpoint(tmp_path / "model.pt")
