@@ -256,8 +256,9 @@ class GPT(nn.Module):
         checkpoint = checkpoint or load_checkpoint(path)
         with readable(path, "give a checkpoint that training wrote"):
             for name, value in checkpoint["config"].items():
-                if type(value) is not type(getattr(GPTConfig, name)):
-                    raise TypeError(f"its {name} is {value!r:.80}")
+                default = getattr(GPTConfig, name)
+                if type(value) is not type(default) or (type(value) is int and not 0 < value < 2**20):
+                    raise ValueError(f"its {name} is {value!r:.80}")
             model = cls(GPTConfig(**checkpoint["config"]))
             model.load_state_dict(checkpoint["model"])
         return model.eval()

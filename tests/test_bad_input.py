@@ -199,10 +199,10 @@ def table():
             if (key, value) not in [("args", {}), ("optimizers", [])]:
                 row(f"{key} {value!r}", "train_gpt2", in_checkpoint(resume, key, value=value), "step" if (key, value) == ("step", 10**30) else "latest.pt")
         for key in "n_layer", "n_embd", "vocab_size", "tokenizer":
-            if (key, value) not in [("tokenizer", "x"), ("n_layer", 10**30)]:
+            if (key, value) != ("tokenizer", "x"):
                 row(f"config {key} {value!r}", "train_gpt2", in_checkpoint(begin, "config", key, value=value), "latest.pt")
-        for key in "B", "max_lr", "weight_decay", "T", "seed":
-            if (key, value) not in [("B", None), ("weight_decay", 1.5), ("max_lr", 1.5)]:
+        for key in "B", "max_lr", "min_lr", "weight_decay", "T", "seed":
+            if (key, value) not in [("B", None), ("min_lr", None), ("weight_decay", 1.5), ("max_lr", 1.5)]:
                 row(f"args {key} {value!r}", "train_gpt2", in_checkpoint(resume, "args", key, value=value), key)
         for key in "exp_avg", "step":
             row(f"{key} {value!r}", "train_gpt2", in_checkpoint(resume, "optimizers", 0, "state", 0, key, value=value), "latest.pt")
