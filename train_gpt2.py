@@ -46,6 +46,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+# Errors of the user and of files: `readable` turns any error of a file into a UserError, one line that says
+# what to do, `warn_only` into a warning, and `complete_file` gives a file its name when all of it is written.
 import hellaswag
 from fineweb import UserError, complete_file, find_shards, get_tokenizer, load_text, locked, make_parser
 from fineweb import nonempty, open_shard, print0, readable, run, save_tokenizer, warn_only, write_json
@@ -54,6 +56,13 @@ from fineweb import nonempty, open_shard, print0, readable, run, save_tokenizer,
 RANK = int(os.environ.get("RANK", 0))  # number of this process among those of all nodes
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # its number on this node; it uses the GPU of that number
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def all_reduce(tensor, op=dist.ReduceOp.SUM):
+    """The sum (or another function) of a tensor of all ranks, in place. All ranks must call it."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor, op)
+    return tensor
 
 
 # --------------------------------------------------------------------------------------------------
@@ -65,7 +74,7 @@ class GPTConfig:
     """The shape of a model, and what its tokens mean. The defaults are GPT-2 124M as released."""
 
     block_size: int = 1024  # the longest sequence: rows of the position embedding
-    vocab_size: int = 50257  # rows of the token embedding
+    vocab_size: int = 50257  # rows of the token embedding, which may be more than there are tokens (padding)
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -166,8 +175,9 @@ class GPT(nn.Module):
         logits = self.lm_head(self.hidden(idx))
         if targets is None:
             return logits, None
-        # The softmax is computed in float32: bfloat16 has three digits, too few for a loss.
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        # The softmax is computed in float32: bfloat16 has three digits, too few for a loss. Backward goes
+        # through the loss only: without detach, a compiled model also makes zeros as gradients of the logits.
+        return logits.detach(), F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, top_k=50, generator=None, temperature=1.0, n_vocab=None):
@@ -222,7 +232,7 @@ class GPT(nn.Module):
             if info["missing_keys"]:
                 raise ValueError(f"{sorted(info['missing_keys'])[0]} is missing")
             guess = "gpt2" if c.vocab_size in (50257, 50304) else "tokenizer.json"  # with or without padding
-            tokenizer = getattr(c, "tokenizer", guess)
+            tokenizer = getattr(c, "tokenizer", guess)  # a field that save_pretrained adds
             if tokenizer not in ("gpt2", "bytes"):
                 tokenizer = str(Path(name_or_dir, tokenizer))
             model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, 0.0, tokenizer))
@@ -280,11 +290,12 @@ def load_checkpoint(path):
     with readable(path, "give a checkpoint that training wrote"), zipfile.ZipFile(path) as file:
         if damaged := file.testzip():  # torch.load does not verify the checksums
             raise ValueError(f"the checksum of {damaged} is wrong")
-        # The lecture's script pickled an instance of GPTConfig, a class of its module __main__.
+        # The lecture's script pickled an instance of its class __main__.GPTConfig: read it as one of ours.
         with torch.serialization.safe_globals([(GPTConfig, "__main__.GPTConfig")]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config = checkpoint["config"]
         config = asdict(config) if isinstance(config, GPTConfig) else dict(config)
+        # torch.compile put this prefix before the names of the lecture's checkpoints.
         weights = {name.removeprefix("_orig_mod."): w for name, w in checkpoint["model"].items()}
         return checkpoint | {"config": config, "model": weights}
 
@@ -295,8 +306,9 @@ def load_model(source, checkpoint=None):
 
 
 def grow(model, n_layer, dropout):
-    """A GPT of n_layer layers, at least as many as the L layers of `model`, which can't be used afterwards.
-    Layer j begins as layer floor(j * L / n_layer), the best way in the Gopher paper (section G.3.3)."""
+    """A GPT with this dropout and n_layer layers, at least as many as the L layers of `model`, whose list of
+    layers is overwritten. Layer j begins as layer floor(j * L / n_layer), the best way in the Gopher paper
+    (section G.3.3)."""
     layers = [j * model.config.n_layer // n_layer for j in range(n_layer)]
     if n_layer > model.config.n_layer:
         print0(f"grown from {model.config.n_layer} to {n_layer} layers, which begin as {str(layers)[1:-1]}")
@@ -332,8 +344,8 @@ PRESETS = {
              "print_every": 20, "tokenizer": "bytes", "dtype": "float32"},
 }  # fmt: skip
 SHAPE = ("n_layer", "n_head", "n_embd")
-# A resumed run goes on with the same model on the same batches, so these flags can't change, nor can the
-# sizes of the training shards, which main() puts beside the flags.
+# What must not change when a run is resumed, so that it goes on with the same model on the same batches.
+# "shards" is no flag: main() adds the sizes of the training shards.
 FIXED = (*SHAPE, "T", "total_batch_size", "seed", "shuffle", "optimizer", "shards")
 
 
@@ -412,7 +424,8 @@ def build_parser():
 
 def parse_args(argv=None):
     """The settings, and with --resume the contents of latest.pt, else None. A flag that is typed overrides
-    what latest.pt remembers or the preset says, and that overrides the flag's default."""
+    what latest.pt remembers or the preset says, and that overrides the flag's default. The flags are parsed
+    twice: first to find the preset or latest.pt, and then with the defaults that these give."""
     parser, latest = build_parser(), None
     args = parser.parse_args(argv)
     if args.resume and args.init_from:
@@ -424,14 +437,17 @@ def parse_args(argv=None):
         if not all(isinstance(latest.get(name), kind) for name, kind in needed.items()) or latest["step"] < 0:
             raise UserError(f"{path} has weights only: begin a new run with them, with --init_from")
         for name, value in latest["args"].items():
+            # In a damaged file, a number may be anything. A default that is a string is verified by argparse.
             known = name == "shards" or isinstance(value, (bool, type(parser.get_default(name))))
-            parser.set_defaults(**{name: value if known else str(value)})  # argparse verifies text
-        parser.set_defaults(log_dir=args.log_dir, init_from=str(path))
+            parser.set_defaults(**{name: value if known else str(value)})
+        parser.set_defaults(log_dir=args.log_dir, init_from=str(path))  # it begins with its own weights
     else:
         model = args.model or ("gpt2" if Path(args.data).is_dir() else "tiny")
         parser.set_defaults(model=model, **PRESETS[model])
         if args.init_from:  # None: what the weights have
-            parser.set_defaults(tokenizer=None, **dict.fromkeys(() if args.model else SHAPE))
+            parser.set_defaults(tokenizer=None)
+            if not args.model:
+                parser.set_defaults(**dict.fromkeys(SHAPE))
     args = parser.parse_args(argv)
     args.remembered = vars(args).copy()  # before the defaults that depend on this machine are filled in
 
@@ -454,10 +470,13 @@ def parse_args(argv=None):
     if args.total_batch_size % (args.T * WORLD_SIZE):
         unit = f"T * ranks = {args.T * WORLD_SIZE}"
         parser.error(f"--total_batch_size {args.total_batch_size} is no multiple of {unit}")
-    cuda, mps = LOCAL_RANK < torch.cuda.device_count(), torch.backends.mps.is_available() and WORLD_SIZE == 1
-    devices = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
-    args.device = args.device or devices[0]
-    if args.device not in devices:
+    enough = {  # the fastest first; each process needs a GPU of its own
+        "cuda": torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        "mps": torch.backends.mps.is_available() and WORLD_SIZE == 1,
+        "cpu": True,
+    }
+    args.device = args.device or next(device for device in enough if enough[device])
+    if not enough[args.device]:
         parser.error(f"--device {args.device} is not there for every process: use --device cpu")
     args.dtype = args.dtype or pick_dtype(args.device)
     args.compile = args.device == "cuda" if args.compile is None else args.compile
@@ -480,14 +499,14 @@ def pick_dtype(device):
 
 
 class DataLoaderLite:
-    """Batches of rows of T tokens from the shards of a split, {name: what open_shard takes}.
+    """Batches of rows of T tokens from the shards of a split, {name: path, or the tokens themselves}.
 
     The rows of the whole run are numbered, over all epochs, and next_batch returns the next B of this rank:
-    of every world_size * B rows, rank r has the r-th B. A step has the same rows for any B and number of
-    ranks. With shuffle, an epoch visits the shards, and each shard's documents, in an order drawn from (seed,
-    epoch, shard). A document begins with the token eot. The tail of a shard that is shorter than a row is
-    left out. Shards are memory-mapped. UserError for a shard without a row, or with a token not below
-    n_vocab."""
+    of every world_size * B rows, rank r takes those from r * B to (r + 1) * B. So a step has the same rows
+    for any B and number of ranks. With shuffle, an epoch visits the shards, and each shard's documents, in an
+    order drawn from (seed, epoch, shard). A document begins with the token eot. The tail of a shard that is
+    shorter than a row is left out. Shards are memory-mapped. UserError for a shard without a row, or with a
+    token not below n_vocab."""
 
     def __init__(self, shards, B, T, rank=0, world_size=1, n_vocab=50257, seed=0, shuffle=False, eot=50256,
                  device="cpu"):  # fmt: skip
@@ -500,6 +519,7 @@ class DataLoaderLite:
                 raise UserError(f"{name} has {n} tokens, a row needs {T + 1}: lower --T or give more data")
         self.rows = np.array([(n - 1) // T for n in self.sizes.values()])  # the last token is only a target
         self.rows_per_epoch = int(self.rows.sum())
+        # A batch may span two epochs or shards. (lru_cache as a decorator would be shared by all loaders.)
         self.shard_order = functools.lru_cache(2)(self.shard_order)
         self.document_order = functools.lru_cache(2)(self.document_order)
         self.seek(0)
@@ -518,9 +538,9 @@ class DataLoaderLite:
         return order, np.cumsum(self.rows[order])
 
     def document_order(self, epoch, shard):
-        """The tokens of a shard as they lie; where each document ends in the order of an epoch; and how far
-        its place in the shard is from its place in that order. Of two documents, tokens 0 to 2 and 3 to 4,
-        in the order (1, 0): ends (2, 5) and shifts (3, -2)."""
+        """The tokens of a shard; where each document ends in the order of an epoch; and what to add to a
+        token's place in that order to get its place in the shard. Of two documents, tokens 0 to 2 and 3 to
+        4, in the order (1, 0): ends (2, 5) and shifts (3, -2)."""
         tokens = open_shard(self.shards[shard])
         # A shard may begin within a document. Without shuffle, the whole shard counts as one.
         starts = np.union1d(0, np.flatnonzero(tokens == self.eot)) if self.shuffle else np.zeros(1, np.int64)
@@ -537,17 +557,16 @@ class DataLoaderLite:
         i = np.searchsorted(row_ends, row, side="right")
         shard = order[i]
         tokens, ends, shifts = self.document_order(epoch, shard)
-        first = (row - row_ends[i] + self.rows[shard]) * self.T  # in the order of the epoch
+        first = (row - row_ends[i] + self.rows[shard]) * self.T
         last = first + min(count, row_ends[i] - row) * self.T  # the token after the rows
-        a, b = np.searchsorted(ends, (first, last), side="right")  # the first document and the last
-        lengths = np.diff(np.minimum(ends[a : b + 1], last + 1), prepend=first)
-        tokens = tokens[np.arange(first, last + 1) + np.repeat(shifts[a : b + 1], lengths)]
+        places = np.arange(first, last + 1)  # in the order of the epoch
+        tokens = tokens[places + shifts[np.searchsorted(ends, places, side="right")]]
         if tokens.max() >= self.n_vocab:
             raise UserError(f"{self.names[shard]} has token {tokens.max()} >= {self.n_vocab}: make it again")
         return tokens
 
     def prepare(self):
-        """Read the next batch and begin to copy it to the device, for which a GPU need not stop its work."""
+        """Read the next batch. A GPU begins to copy it while it computes."""
         xs, ys, row, end = [], [], self.row, self.row + self.B
         while row < end:
             tokens = torch.from_numpy(self.read_rows(row, end - row).astype(np.int64))
@@ -602,12 +621,11 @@ def training_step(lr, args, train_model, optimizers, owners, loader):
         loss = loss / grad_accum_steps  # gradients add up over micro steps, but the objective is a mean
         loss.backward()
         total += loss.detach()
-        loader.prepare()  # a GPU is still at work on this batch
-    if WORLD_SIZE > 1:
-        dist.all_reduce(total)
+        loader.prepare()  # meanwhile: calls of a GPU return before it has done the work
     norm = nn.utils.clip_grad_norm_(train_model.parameters(), args.grad_clip or math.inf)
     update(optimizers, owners, lr)
-    return torch.stack((total / WORLD_SIZE, norm)).tolist()  # the only place where the GPU is waited for
+    total = all_reduce(total) / WORLD_SIZE
+    return torch.stack((total, norm)).tolist()  # the only place where the GPU is waited for
 
 
 # --------------------------------------------------------------------------------------------------
@@ -628,7 +646,7 @@ def update(optimizers, owners, lr):
     """Step the optimizers with a learning rate, and clear the gradients."""
     for p, owner in owners.items():
         if owner != RANK:
-            p.grad = None  # an optimizer skips a tensor without a gradient, and keeps no state for it
+            p.grad = None  # all ranks have the same; an optimizer skips a tensor without, and keeps no state
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -647,8 +665,8 @@ def collect_states(optimizers, owners):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for i, p in enumerate(params):  # one at a time, so that little is held twice
             entry = [{name: t.cpu() for name, t in state["state"].pop(i, {}).items()}]
-            dist.broadcast_object_list(entry, owners[p])
-            if RANK == 0:
+            dist.broadcast_object_list(entry, owners[p])  # in place: now all ranks have the owner's
+            if RANK == 0 and entry[0]:  # there is none before the first step
                 state["state"][i] = entry[0]
     return states
 
@@ -663,6 +681,7 @@ def restore_states(optimizers, owners, states, path):
                 adamw, muon = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}, {"momentum_buffer": shape}
                 if {name: t.shape for name, t in entry.items()} not in (adamw, muon):
                     raise ValueError(f"optimizer state {i} does not fit a tensor of {tuple(shape)}")
+            # Those whose owner is this rank, or all of them if there are no owners.
             own = {i: entry for i, entry in state["state"].items() if owners.get(params[i], RANK) == RANK}
             optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -724,12 +743,10 @@ def validate(model, loader, args, stop):
             break
         x, y = (t[: rows - first] for t in loader.next_batch())
         with autocast(args):
-            _, loss = model(x, y)
+            loss = model(x, y)[1]
         total += loss * len(x)
-    if WORLD_SIZE > 1:
-        dist.all_reduce(total)
     model.train()
-    return total.item() / rows
+    return all_reduce(total).item() / rows
 
 
 def print_samples(model, tokenizer, args):
@@ -761,9 +778,9 @@ def get_items(tokenizer, block_size):
 # FLOP/s of dense matrix products, from NVIDIA's data sheets and white papers: in bfloat16, added up in
 # float32; in float32 for T4 and V100, which have no bfloat16. The first name found in the GPU's name counts.
 PEAK_FLOPS = {
-    "A100": 312e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L4": 121e12, "H100 PCIe": 756e12,
-    "H100": 989e12, "H200": 989e12, "B200": 2250e12, "T4": 8.1e12, "V100": 15.7e12,
-    "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12,
+    "A100": 312e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
+    "T4": 8.1e12, "V100": 15.7e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12,
 }  # fmt: skip
 
 
@@ -805,13 +822,16 @@ def print_step(args, model, step, start, loss, lr, norm, seconds, total):
 
 
 def catch_signals(stack):
-    """A list to which each signal is added that asks this process to end (Windows has no SIGHUP). A second
-    signal of the same kind ends it at once. When the ExitStack closes, the earlier handlers are back."""
+    """A list to which the time of each signal is added that asks this process to end (Windows has no SIGHUP).
+    Another signal more than a second later ends it at once; a sooner one may be the same, which a terminal or
+    Slurm has sent, and torchrun again. When the ExitStack closes, the earlier handlers are back."""
     received = []
 
     def receive(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        received.append(time.monotonic())
+        if received[-1] - received[0] > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, for one, ignores SIGHUP
@@ -821,10 +841,8 @@ def catch_signals(stack):
 
 def any_rank(value):
     """Is `value` true on any rank? All ranks must call it, and none goes on before all have."""
-    flag = torch.tensor(float(bool(value)))
-    if WORLD_SIZE > 1:
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+    flag = torch.tensor(int(bool(value)))  # on the CPU, so no GPU is waited for
+    return bool(all_reduce(flag, dist.ReduceOp.MAX))
 
 
 def is_due(every, step, args):
@@ -853,7 +871,7 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
     optimizers = model.configure_optimizers(args.max_lr, args.weight_decay, args.optimizer == "muon")
     owners = assign_owners(model) if args.zero and WORLD_SIZE > 1 else {}
     if latest:
-        restore_states(optimizers, owners, latest["optimizers"], log_dir / "latest.pt")
+        restore_states(optimizers, owners, latest.pop("optimizers"), log_dir / "latest.pt")
         loader.seek(start * args.total_batch_size // args.T)
     train_model = torch.compile(model) if args.compile else model  # the same weights
     if WORLD_SIZE > 1:
@@ -918,7 +936,7 @@ def enough_memory(args):
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
             raise
         mend = f"--B {args.B // 2}, which gives the same curve" if (args.B or 1) > 1 else "a smaller model"
-        raise UserError(f"out of memory with --B {args.B}: try {mend}") from None
+        raise UserError(f"out of memory{f' with --B {args.B}' if args.B else ''}: try {mend}") from None
 
 
 def micro_batch_size(args, model):
@@ -933,9 +951,7 @@ def micro_batch_size(args, model):
         state, saved = (4 + 8 + 2) * n_params, 36 if args.dtype == "bfloat16" else 64
         row = args.T * (saved * config.n_layer * config.n_embd + 12 * config.vocab_size)
         fits = torch.tensor(max(1.0, (0.9 * memory - state) / row))
-        if WORLD_SIZE > 1:  # the ranks have to agree, and their GPUs may differ
-            dist.all_reduce(fits, dist.ReduceOp.MIN)
-        B = 2 ** int(math.log2(fits))
+        B = 2 ** int(math.log2(all_reduce(fits, dist.ReduceOp.MIN)))  # the ranks agree: their GPUs may differ
     rows = args.total_batch_size // (args.T * WORLD_SIZE)
     return next(b for b in range(min(B, rows), 0, -1) if rows % b == 0)
 
@@ -943,8 +959,8 @@ def micro_batch_size(args, model):
 def create_model(args, source, data):
     """A new model, or `source`, the model to begin with, with more layers if the flags say so."""
     if not source:  # vocab_size is rounded up to a multiple of 128, for fast kernels: 50,257 becomes 50,304
-        block_size, vocab_size = PRESETS[args.model].get("T", 1024), -(-data.n_vocab // 128) * 128
-        shape = block_size, vocab_size, args.n_layer, args.n_head, args.n_embd
+        vocab_size = -(-data.n_vocab // 128) * 128
+        shape = args.T, vocab_size, args.n_layer, args.n_head, args.n_embd
         return GPT(GPTConfig(*shape, args.dropout, data.tokenizer))
     config, origin = source.config, args.init_from
     for name in SHAPE:
@@ -980,10 +996,11 @@ def main(argv=None):
             own = source.config.tokenizer if source else "gpt2"
             data = load_text(args.data, get_tokenizer(args.tokenizer or own))
         model = create_model(args, source, data).to(args.device).train()
+        del source
+        if latest:
+            del latest["model"]  # the weights are in the model now; on 8 ranks, copies take much memory
         config = model.config
         args.remembered |= {name: getattr(config, name) for name in SHAPE}
-        if args.T > config.block_size:
-            raise UserError(f"--T {args.T} is longer than the model's context: at most {config.block_size}")
         args.B = micro_batch_size(args, model)
         with warn_only("there will be no samples and no HellaSwag"):
             tokenizer = get_tokenizer(data.tokenizer)
@@ -996,10 +1013,12 @@ def main(argv=None):
         for name in FIXED:
             if latest and getattr(args, name) != (before := latest["args"].get(name)):
                 raise UserError(f"--resume: {name} was {before!s:.80}, and can't change within a run")
+        if args.T > config.block_size:
+            raise UserError(f"--T {args.T} is longer than the model's context: at most {config.block_size}")
         if args.max_steps > 0:  # --max_steps 0 looks at a model, and writes nothing
             if RANK == 0:
                 stack.enter_context(locked(args.log_dir))
-            any_rank(False)  # a barrier: now all ranks have read what they need from log_dir
+            any_rank(False)  # all ranks wait here until each has read what it needs from log_dir
             if RANK == 0:
                 open_log(args, latest, config, loader)
         n_params, n_tokens = sum(p.numel() for p in model.parameters()), loader.rows_per_epoch * args.T

@@ -103,7 +103,7 @@ def table():
     for flags, word in (
         ("--data=", "--data"), ("--log_dir=", "--log_dir"), ("--prompt=", "--prompt"), ("--init_from=", "--init_from"),
         ("--tokenizer=", "--tokenizer"), ("--model=", "--model"), ("--dtype=", "--dtype"), ("--n_embd 15", "n_head 2"),
-        ("--T 17", "--total_batch_size"), ("--T 2048 --total_batch_size 2048", "2048"), ("--data nowhere", "nowhere"),
+        ("--T 17", "--total_batch_size"), ("--T 32 --init_from log/latest.pt", "--T 32"), ("--data nowhere", "nowhere"),
         ("--data /dev/zero", "/dev/zero"), ("--data /dev/null", "/dev/null"), ("--init_from /dev/null", "/dev/null"),
         ("--init_from nowhere", "nowhere"), ("--init_from no.pt", "no.pt"), ("--resume --init_from x", "--init_from"),
         ("--resume", "latest.pt"), ("--log_dir /dev/full", "/dev/full"), ("--log_dir /proc/new", "/proc/new"),

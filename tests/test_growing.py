@@ -13,6 +13,7 @@ from conftest import ROOT, TINY, environment, load, main, read_log, start
 from test_model import shape_of
 
 import fineweb
+import train_gpt2
 from fineweb import UserError, get_tokenizer
 from train_gpt2 import GPT, GPTConfig, grow
 
@@ -242,6 +243,16 @@ def test_the_recipe_from_documents_to_the_harness(corpora, tmp_path, monkeypatch
     assert results["toy_lambada_openai"]["perplexity,none"] == pytest.approx(perplexity, rel=1e-3)
     bits = sum(nats([0, *encode(text)], 1) for text in pile) / math.log(2) / sum(len(text.encode()) for text in pile)
     assert results["toy_pile_10k"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-3)
+
+
+def test_sharded_state_before_the_first_step_is_none_at_all(monkeypatch):
+    """So a run that was stopped then can be resumed."""
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda entry, owner: None)
+    model = GPT(GPTConfig(8, 16, 1, 1, 8))
+    optimizers = model.configure_optimizers(1e-3, 0.1)
+    states = train_gpt2.collect_states(optimizers, dict.fromkeys(model.parameters(), 0))
+    assert [state["state"] for state in states] == [{}]
+    train_gpt2.restore_states(optimizers, {}, states, "latest.pt")
 
 
 def test_weights_and_data_of_different_tokenizers_are_refused(corpora, tmp_path):
