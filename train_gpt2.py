@@ -365,7 +365,7 @@ def preset_table(parser):
 def build_parser():
     parser = make_parser(__doc__)
 
-    def flag(name, kind, default, help, **options):
+    def flag(name, kind, default, help, **options):  # goes into the group that was assigned last
         kinds = {bool: {"action": argparse.BooleanOptionalAction}, str: {"type": nonempty}}
         options |= kinds.get(kind, {"type": kind})
         if kind in (int, float):
@@ -733,7 +733,8 @@ def open_log(args, latest, config, loader):
 
 @torch.no_grad()
 def validate(model, loader, args, stop):
-    """Mean loss in nats a token over the first val_tokens tokens of the split; meaningless after a stop."""
+    """Mean loss in nats a token over the first val_tokens tokens of the split. It ends early when `stop`, a
+    list of signals, is not empty; the result is of no use then."""
     model.eval()
     loader.seek(0)
     rows = min(args.val_tokens // args.T, loader.rows_per_epoch)
@@ -753,9 +754,11 @@ def print_samples(model, tokenizer, args):
     """Each rank continues the prompt num_samples times."""
     generator = torch.Generator(args.device).manual_seed(42 + RANK)
     prompt = torch.tensor(tokenizer.encode_ordinary(args.prompt), device=args.device)
-    options = args.max_new_tokens, args.top_k, generator, args.temperature, tokenizer.n_vocab
+    prompts = prompt.expand(args.num_samples, -1)
     with autocast(args):
-        rows = model.generate(prompt.expand(args.num_samples, -1), *options)
+        rows = model.generate(
+            prompts, args.max_new_tokens, args.top_k, generator, args.temperature, n_vocab=tokenizer.n_vocab
+        )
     with contextlib.suppress(OSError):  # as in print0, but on all ranks
         for i, row in enumerate(rows.tolist()):
             print(f"rank {RANK} sample {i}: {tokenizer.decode(row)}", flush=True)
@@ -811,9 +814,9 @@ def print_next(args):
     print0("\nIts curves: play.ipynb, with Jupyter")
 
 
-def print_step(args, model, step, start, loss, lr, norm, seconds, total):
-    """Print a step's line if it is due. seconds: of the step; total: since step `start`, with evaluations."""
-    eta = timedelta(seconds=round(total / (step + 1 - start) * (args.max_steps - step - 1)))
+def print_step(args, model, step, start, loss, lr, norm, seconds, elapsed):
+    """Print a step's line if it is due. seconds: of this step; elapsed: since step `start`, all included."""
+    eta = timedelta(seconds=round(elapsed / (step + 1 - start) * (args.max_steps - step - 1)))
     if step == start + 10:  # by now the model is compiled
         print0(f"{describe_speed(args, model, seconds)}; {eta} to go")
     if args.print_every and (step % args.print_every == 0 or step + 1 == args.max_steps):
@@ -877,14 +880,14 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
     if WORLD_SIZE > 1:
         train_model = DDP(train_model, gradient_as_bucket_view=True)  # the view saves a copy of the gradients
 
-    def save(*names):  # the model after `step` steps; all ranks must call it
+    def save(*names):  # the model after `step` steps of the loop below; all ranks must call it
         weights = {"model": model.state_dict(), "config": asdict(model.config), "step": step}
         weights["val_loss"] = figures.get("val")
-        latest = weights | {"optimizers": collect_states(optimizers, owners), "args": args.remembered}
+        state = weights | {"optimizers": collect_states(optimizers, owners), "args": args.remembered}
         if RANK == 0 and args.checkpoint_every:
             for name in names:
                 with complete_file(log_dir / name) as f:
-                    torch.save(latest if name == "latest.pt" else weights, f)
+                    torch.save(state if name == "latest.pt" else weights, f)
 
     for step in range(start, args.max_steps + 1):
         # Evaluate, sample and save the model after `step` steps.
@@ -901,7 +904,7 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
         if tokenizer and is_due(args.sample_every, step, args) and (step > 0 or last):
             print_samples(model, tokenizer, args)
         if is_due(args.checkpoint_every, step, args) and step > start:
-            # A full disk costs a warning in mid-run; at the end of the run it is an error.
+            # A full disk is a warning in mid-run, and an error at the end of the run.
             with contextlib.nullcontext() if last else warn_only("training goes on without it"):
                 save(f"model_{step:05d}.pt", "latest.pt")
         if last:

@@ -196,7 +196,7 @@ def test_the_recipe_from_documents_to_the_harness(corpora, tmp_path, monkeypatch
     meta = json.loads((tokens / "meta.json").read_text())
     assert (meta["tokenizer"], meta["vocab_size"], meta["eot"]) == ("tokenizer.json", 1002, 0)
 
-    flags = ["--data", tokens, "--n_embd", 64, "--n_head", 2, "--T", 64, "--B", 4, "--total_batch_size", 512, "--device", "cpu"]
+    flags = ["--data", tokens, "--n_embd", 64, "--n_head", 2, "--T", 128, "--B", 4, "--total_batch_size", 512, "--device", "cpu"]
     flags += ["--val_every", 20, "--val_tokens", 4096, "--hellaswag_every", 0, "--sample_every", 0, "--warmup_steps", 5]
     more = ["--model", "tiny", "--n_layer", 3, "--max_lr", 1e-2, "--max_steps", 160, "--checkpoint_every", 40]
     main(*flags, *more, "--log_dir", log_dir)
