@@ -349,7 +349,7 @@ def find_shards(directory):
         if word and path.suffix in (".npy", ".bin"):
             splits[word[1]][str(path)] = path
     if not splits["train"] or not splits["val"]:
-        raise UserError(f"{directory} needs shards, *_train_*.npy and *_val_*.npy: fineweb.py makes them")
+        raise UserError(f"{directory} needs shards, *_train_* and *_val_*, .npy or .bin: see fineweb.py")
     if not file.exists():
         return Data(**splits)
     with readable(file, "make the shards again with fineweb.py"):

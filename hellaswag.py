@@ -226,8 +226,9 @@ def parse_args(argv):
     return args
 
 
-def write_contamination(args, path):
+def write_contamination(args):
     shards = find_shards(args.contamination)
+    path = args.data or download(args.split)
     tokenizer = get_tokenizer(shards.tokenizer)
     items = load_items(path, tokenizer, limit=args.limit)
     found = contamination(items, list(shards.train.values()), tokenizer)
@@ -240,13 +241,13 @@ def write_contamination(args, path):
 
 def main(argv=None):
     args = parse_args(argv)
-    path = args.data or download(args.split)
     if args.contamination:
-        write_contamination(args, path)
+        write_contamination(args)
         return
 
     from train_gpt2 import load_model, pick_dtype  # here, because train_gpt2.py imports this file
 
+    path = args.data or download(args.split)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(args.model).to(device)
     tokenizer = get_tokenizer(args.tokenizer or model.config.tokenizer)

@@ -803,14 +803,15 @@ def describe_speed(args, model, seconds):
 def print_next(args):
     """Print what a finished run has written, and commands that can come next, as they can be pasted."""
     paths = [Path(args.log_dir, name) for name in ("log.txt", f"model_{args.max_steps:05d}.pt", "latest.pt")]
-    print0("written:", *(path for path in paths if path.exists()))
+    print0("files:", *(path for path in paths if path.exists()))
     if args.checkpoint_every:
         python = os.path.relpath(sys.executable)
         ranks = os.environ.get("LOCAL_WORLD_SIZE", 1)  # of this node: a run may go on with fewer
         launcher = python if WORLD_SIZE == 1 else f"torchrun --nproc_per_node={ranks}"
         resume = shlex.join([os.path.relpath(__file__), "--resume", "--log_dir", args.log_dir])
         print0(f"\nIts loss and samples:\n{python} {resume} --prompt 'The tide'")
-        print0(f"\nTwice as many steps:\n{launcher} {resume} --max_steps {2 * args.max_steps}")
+        print0("\nTwice as many steps (the learning rate rises again):")
+        print0(f"{launcher} {resume} --max_steps {2 * args.max_steps}")
     print0("\nIts curves: play.ipynb, with Jupyter")
 
 
@@ -818,7 +819,7 @@ def print_step(args, model, step, start, loss, lr, norm, seconds, elapsed):
     """Print a step's line if it is due. seconds: of this step; elapsed: since step `start`, all included."""
     eta = timedelta(seconds=round(elapsed / (step + 1 - start) * (args.max_steps - step - 1)))
     if step == start + 10:  # by now the model is compiled
-        print0(f"{describe_speed(args, model, seconds)}; {eta} to go")
+        print0(f"{describe_speed(args, model, seconds)}; eta {eta}")
     if args.print_every and (step % args.print_every == 0 or step + 1 == args.max_steps):
         figures = f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f}"
         print0(f"step {step:5d} | {figures} | {seconds * 1000:.0f} ms | eta {eta}")

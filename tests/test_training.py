@@ -477,7 +477,7 @@ def test_the_last_lines_are_commands_that_work(shards, tmp_path, monkeypatch, ca
     shards.rename("my shards")
     main(*TINY, "--max_steps", 4, "--sample_every", 4, "--data", "my shards", "--log_dir", "my log")
     *_, written, _, _, look, _, _, longer, _, curves = capsys.readouterr().out.splitlines()
-    assert written == "written: my log/log.txt my log/model_00004.pt my log/latest.pt" and "play.ipynb" in curves
+    assert written == "files: my log/log.txt my log/model_00004.pt my log/latest.pt" and "play.ipynb" in curves
     look, longer = shlex.split(look), shlex.split(longer)
     assert Path(look[0]).samefile(sys.executable) and Path(look[1]).samefile(ROOT / "train_gpt2.py")
     main(*look[2:])
@@ -532,7 +532,7 @@ def test_time_of_a_step_tokens_a_second_and_time_left(shards, tmp_path, capsys, 
     assert lines[1] == ["2000 ms", "eta 0:00:10"]  # 10 seconds for 2 steps, 2 to come
     assert lines[3] == ["2000 ms", "eta 0:00:00"]
     main("--resume", "--log_dir", tmp_path / "log", "--max_steps", 30, "--val_every", 0)
-    assert "2000 ms a step, 64 tok/s; 0:00:30 to go" in capsys.readouterr().out.splitlines()  # after 11 of 26 steps
+    assert "2000 ms a step, 64 tok/s; eta 0:00:30" in capsys.readouterr().out.splitlines()  # after 11 of 26 steps
 
 
 @pytest.mark.parametrize(
