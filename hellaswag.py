@@ -235,8 +235,7 @@ def write_contamination(args):
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     about = {"data": Path(path).name, "items": len(items), "shards": args.contamination}
     write_json(args.out, about | {"overlapping": found})
-    share = len(found) / len(items)
-    print(f"{len(found):,} of {len(items):,} items ({share:.1%}) overlap: listed in {args.out}")
+    print(f"{len(found):,} of {len(items):,} items ({len(found) / len(items):.1%}) overlap: see {args.out}")
 
 
 def main(argv=None):

@@ -816,8 +816,10 @@ def print_next(args):
 
 
 def print_step(args, model, step, start, loss, lr, norm, seconds, elapsed):
-    """Print a step's line if it is due. seconds: of this step; elapsed: since step `start`, all included."""
-    eta = timedelta(seconds=round(elapsed / (step + 1 - start) * (args.max_steps - step - 1)))
+    """Print a step's line if it is due. seconds: of this step; elapsed: since the first step of this process
+    was done, which takes longer than the others."""
+    seconds_left = elapsed / max(1, step - start) * (args.max_steps - step - 1)
+    eta = timedelta(seconds=round(seconds_left)) if step > start else "unknown"
     if step == start + 10:  # by now the model is compiled
         print0(f"{describe_speed(args, model, seconds)}; eta {eta}")
     if args.print_every and (step % args.print_every == 0 or step + 1 == args.max_steps):
@@ -871,7 +873,7 @@ def evaluate(step, args, model, val_loader, bytes_per_token, items, stop):
 
 def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, latest, stop):
     """Train from the step of `latest`, what latest.pt holds, else from step 0. A signal in `stop` ends it."""
-    log_dir, start, begin = Path(args.log_dir), latest["step"] if latest else 0, time.perf_counter()
+    log_dir, start = Path(args.log_dir), latest["step"] if latest else 0
     optimizers = model.configure_optimizers(args.max_lr, args.weight_decay, args.optimizer == "muon")
     owners = assign_owners(model) if args.zero and WORLD_SIZE > 1 else {}
     if latest:
@@ -923,6 +925,7 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
         if not math.isfinite(loss + norm):
             raise UserError(f"step {step}: loss {loss}, norm {norm}: lower --max_lr, and begin again")
         now = time.perf_counter()
+        begin = now if step == start else begin
         print_step(args, model, step, start, loss, lr, norm, now - t0, now - begin)
         log(args, step, train=loss, lr=lr, norm=norm)
 
