@@ -34,6 +34,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 import threading
 import time
 from collections import Counter, deque
@@ -118,7 +119,7 @@ def readable(path, mend):
     except UserError:
         raise
     except Exception as e:
-        reason = getattr(e, "strerror", None) or " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        reason = getattr(e, "strerror", None) or textwrap.shorten(f"{type(e).__name__}: {e}", 200)
         raise UserError(f"{path} can't be read ({reason}): {mend}") from None
 
 
@@ -344,7 +345,7 @@ def find_shards(directory):
     """The .npy and .bin files of a directory with the word "train" or "val" in their names. meta.json, which
     this script writes beside them, says what their tokens are; without it they are GPT-2's."""
     splits, file = {"train": {}, "val": {}}, Path(directory, "meta.json")
-    for path in sorted(Path(directory).iterdir()):
+    for path in sorted(Path(directory).glob("*")):  # none where there is no directory
         word = re.search(r"(?<![a-z])(train|val)(?![a-z])", path.name)
         if word and path.suffix in (".npy", ".bin"):
             splits[word[1]][str(path)] = path
@@ -561,9 +562,10 @@ def write_shards(out, meta, sources, tokenizer, workers):
 def parse_args(argv):
     parser = make_parser(__doc__)
     flag = functools.partial(parser.add_argument, type=nonempty)
-    flag("--input", nargs="+", metavar="FILE", help=".parquet, .jsonl or .txt (one document); patterns too")
-    flag("--mix", nargs="+", metavar="PATTERN:SHARE", help="a share of the documents of each pattern")
-    flag("--dataset", help="a data set on the hub (HuggingFaceFW/fineweb-edu)")
+    source = functools.partial(parser.add_mutually_exclusive_group().add_argument, type=nonempty)
+    source("--input", nargs="+", metavar="FILE", help=".parquet, .jsonl or .txt (a document); patterns too")
+    source("--mix", nargs="+", metavar="PATTERN:SHARE", help="a share of the documents of each pattern")
+    source("--dataset", help="a data set on the hub (HuggingFaceFW/fineweb-edu)")
     flag("--config", help="configuration of the data set (of fineweb-edu: sample-10BT)")
     flag("--column", default="text", help="where .parquet and .jsonl have the text (%(default)s)")
     flag("--out", help="directory for the shards (of fineweb-edu: edu_fineweb10B)")
@@ -575,8 +577,6 @@ def parse_args(argv):
         args.dataset, args.config = "HuggingFaceFW/fineweb-edu", args.config or "sample-10BT"
         if args.config == "sample-10BT":
             args.out = args.out or "edu_fineweb10B"
-    if bool(args.input) + bool(args.mix) + bool(args.dataset) > 1:
-        parser.error("--input, --mix and --dataset all say what to read: give one of them")
     if args.config and not args.dataset:
         parser.error("--config is of a data set: give --dataset too")
     if not args.out:

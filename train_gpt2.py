@@ -549,17 +549,15 @@ class DataLoaderLite:
         ends = np.cumsum(lengths)
         return tokens, ends, starts[order] - (ends - lengths)
 
-    def read_rows(self, row, count):
-        """The tokens of up to `count` rows of the run, and the token after them, as far as one shard has
-        them: uint16 (rows * T + 1,)."""
+    def read_row(self, row):
+        """The T tokens of a row of the run, and the token after them: uint16 (T + 1,)."""
         epoch, row = divmod(row, self.rows_per_epoch)
         order, row_ends = self.shard_order(epoch)
         i = np.searchsorted(row_ends, row, side="right")
         shard = order[i]
         tokens, ends, shifts = self.document_order(epoch, shard)
         first = (row - row_ends[i] + self.rows[shard]) * self.T
-        last = first + min(count, row_ends[i] - row) * self.T  # the token after the rows
-        places = np.arange(first, last + 1)  # in the order of the epoch
+        places = np.arange(first, first + self.T + 1)  # in the order of the epoch
         tokens = tokens[places + shifts[np.searchsorted(ends, places, side="right")]]
         if tokens.max() >= self.n_vocab:
             raise UserError(f"{self.names[shard]} has token {tokens.max()} >= {self.n_vocab}: make it again")
@@ -567,23 +565,20 @@ class DataLoaderLite:
 
     def prepare(self):
         """Read the next batch. A GPU begins to copy it while it computes."""
-        xs, ys, row, end = [], [], self.row, self.row + self.B
-        while row < end:
-            tokens = torch.from_numpy(self.read_rows(row, end - row).astype(np.int64))
-            xs.append(tokens[:-1].view(-1, self.T))
-            ys.append(tokens[1:].view(-1, self.T))
-            row += len(xs[-1])
-        self.batch = torch.cat(xs), torch.cat(ys)
+        rows = np.stack([self.read_row(row) for row in range(self.row, self.row + self.B)])
+        rows = torch.from_numpy(rows.astype(np.int64))
         if self.device == "cuda":  # only from pinned memory does a GPU copy by itself
-            self.batch = [t.pin_memory().to("cuda", non_blocking=True) for t in self.batch]
+            rows = rows.pin_memory()
+        rows = rows.to(self.device, non_blocking=self.device == "cuda")
+        self.batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def next_batch(self):
         """The next B rows of this rank: inputs and targets, int64 (B, T) each, targets one token ahead."""
         if not self.batch:
             self.prepare()
-        x, y = self.batch
-        self.row, self.batch = self.row + self.world_size * self.B, None
-        return x.to(self.device), y.to(self.device)
+        batch, self.batch = self.batch, None
+        self.row += self.world_size * self.B
+        return batch
 
 
 # --------------------------------------------------------------------------------------------------

@@ -586,8 +586,8 @@ def test_the_hub_out_of_reach(tmp_path):
         ("--input a.txt --out out --workers 0", "--workers"),
         ("--input a.txt --out out --workers two", "--workers"),
         ("--input a.txt", "--out is missing"),
-        ("--input a.txt --mix a.txt:1 --out out", "--input, --mix and --dataset"),
-        ("--input a.txt --dataset b --out out", "--input, --mix and --dataset"),
+        ("--input a.txt --mix a.txt:1 --out out", "--mix: not allowed with argument --input"),
+        ("--input a.txt --dataset b --out out", "--dataset: not allowed with argument --input"),
         ("--input a.txt --out out --shardsize 5", "--shardsize"),
         ("--input a.txt --out out --shard 5", "--shard"),  # the flag by its full name only
     ],

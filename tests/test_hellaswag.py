@@ -299,7 +299,7 @@ def test_an_empty_file(tmp_path):
         (["-m", "hf", "--clean", "bad.pt"], "error: bad.pt can't be read"),
         (["-m", "hf", "--tokenizer", "klingon"], "error: klingon can't be read"),
         (["--contamination", "empty"], "error: empty needs shards"),
-        (["--contamination", "nowhere"], "nowhere"),
+        (["--contamination", "nowhere"], "error: nowhere needs shards"),
         (["-m", "hf", "--limit", "0"], "error: --limit 0"),
         (["-m", "hf", "--batch_size", "-1"], "error: --batch_size -1"),
         (["-m", "hf", "--contamination", "empty"], "--contamination: not allowed with argument -m"),
