@@ -47,7 +47,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 import tiktoken
+from tiktoken.load import read_file_cached
 from tiktoken_ext import openai_public
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
 try:
@@ -178,13 +180,13 @@ def locked(directory):
 BYTE_OF = {chr(b): b for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
 BYTE_OF |= {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(BYTE_OF.values())))}
 
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+
 
 class HuggingFaceTokenizer:
     """A byte-level BPE in Hugging Face's format. path: a tokenizer.json, or a directory that holds one."""
 
     def __init__(self, path):
-        from tokenizers import Tokenizer, decoders  # comes with transformers
-
         self.path = Path(path, "tokenizer.json") if os.path.isdir(path) else Path(path)
         self.name = str(self.path)
         with readable(path, "give gpt2, bytes, or a byte-level tokenizer.json or its directory"):
@@ -225,45 +227,28 @@ def get_tokenizer(name="gpt2"):
     return HuggingFaceTokenizer(name)
 
 
-def to_hugging_face(tokenizer):
-    """A tokenizers.Tokenizer with the same ids. It needs the two parts that merge into each token: BPE is run
-    on the token's own bytes until two parts are left. End of text must be the last id."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        return tokenizer.bpe
-    character = {b: character for character, b in BYTE_OF.items()}
-    tokens = map(tokenizer.decode_single_token_bytes, range(tokenizer.eot_token))
-    ranks, merges = {"".join(character[b] for b in token): rank for rank, token in enumerate(tokens)}, []
-    for token in ranks:
-        parts = list(token)
-        while len(parts) > 2:
-            # A pair that is no token comes last.
-            pair_ranks = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
-            i = pair_ranks.index(min(pair_ranks))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append(tuple(parts))
-    ranks["<|endoftext|>"] = tokenizer.eot_token
-    bpe = Tokenizer(models.BPE(ranks, merges))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.add_special_tokens(["<|endoftext|>"])
-    return bpe
-
-
 def save_tokenizer(tokenizer, directory, model_max_length):
     """Write the files in which the hub has GPT-2's tokenizer: tokenizer.json for most tools, vocab.json and
     merges.txt for others. model_max_length: the context of the model, in tokens."""
-    bpe, directory = to_hugging_face(tokenizer), Path(directory)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        bpe, kind = tokenizer.bpe, "PreTrainedTokenizerFast"  # this class does what tokenizer.json says
+    else:
+        vocabulary, merges = BYTE_OF | {"<|endoftext|>": 256}, []
+        if tokenizer.name == "gpt2":  # the released files, which tiktoken has in its cache
+            vocabulary = json.loads(read_file_cached(GPT2_URL + "encoder.json"))
+            _version, *lines = read_file_cached(GPT2_URL + "vocab.bpe").decode().splitlines()
+            merges = [tuple(line.split(" ")) for line in lines]
+        bpe, kind = Tokenizer(models.BPE(vocabulary, merges)), "GPT2Tokenizer"
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        bpe.add_special_tokens(["<|endoftext|>"])
+    directory = Path(directory)
     bpe.save(str(directory / "tokenizer.json"))
     bpe.model.save(str(directory))  # vocab.json and merges.txt
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     write_json(directory / "special_tokens_map.json", special)
-    # GPT2Tokenizer splits a text into words as GPT-2 does. A tokenizer.json may have another rule, and
-    # PreTrainedTokenizerFast follows it.
-    is_own = isinstance(tokenizer, HuggingFaceTokenizer)
     write_json(directory / "tokenizer_config.json", special | {
-        "tokenizer_class": "PreTrainedTokenizerFast" if is_own else "GPT2Tokenizer",
+        "tokenizer_class": kind,
         "model_max_length": model_max_length,
         "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add token_type_ids
     })  # fmt: skip
