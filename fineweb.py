@@ -47,15 +47,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 import tiktoken
+from filelock import FileLock, Timeout
 from tiktoken.load import read_file_cached
 from tiktoken_ext import openai_public
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows has no file locks of this kind
-    fcntl = None
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process; number 0 prints for all
 
@@ -160,17 +156,11 @@ def locked(directory):
     """Make and lock a directory, so that two runs never write to one. The lock ends with the process."""
     with readable(directory, "choose another directory"):
         Path(directory).mkdir(parents=True, exist_ok=True)
-    if not fcntl:
-        yield
-        return
-    handle = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
+        with FileLock(Path(directory, ".lock"), blocking=False):
+            yield
+    except Timeout:
         raise UserError(f"{directory} is in use by another run: wait for it, or choose another") from None
-    finally:
-        os.close(handle)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -643,7 +643,7 @@ def test_a_full_disk_in_mid_run_is_a_warning_and_at_the_end_an_error(shards, tmp
     assert done.stdout.count("model_00010.pt can't be written") == 1 and "training goes on" in done.stdout
     assert "error: " in done.stderr and "model_00020.pt can't be written" in done.stderr
     assert len(read_log(tmp_path / "log")) == 20
-    assert sorted(p.name for p in (tmp_path / "log").iterdir()) == ["config.json", "log.txt"]
+    assert sorted(path.name for path in (tmp_path / "log").glob("[!.]*")) == ["config.json", "log.txt"]  # and .lock
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(shards, tmp_path):
