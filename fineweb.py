@@ -6,8 +6,6 @@ ways to read and write files that all three scripts share.
 
     python fineweb.py      # FineWeb-Edu sample-10BT into edu_fineweb10B/
     python fineweb.py --input 'docs/**/*.txt' --out DIR --shard_size 1000000
-    # another data set of the hub, or a local folder
-    python fineweb.py --dataset NAME --config NAME --out DIR
     # a mixture: a quarter of the books, and all of the other documents
     python fineweb.py --mix 'books/*.jsonl:0.25' 'web/*.parquet:1' --out DIR
 
@@ -37,13 +35,14 @@ import sys
 import textwrap
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import numpy as np
 import pyarrow.parquet as pq
 import tiktoken
@@ -378,30 +377,21 @@ def read_txt(path, column):
 READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
 
 
-class Source(NamedTuple):
-    name: str
-    share: float  # of its documents that are taken, evenly from beginning to end
-    paths: list
-    counts: Counter  # read_source counts here: documents taken, their characters, empty records
-
-
-def read_source(source, column):
-    """Yields the share of the source's bytes that has been read, and the text, for each document taken."""
-    sizes = [os.path.getsize(path) for path in source.paths]
-    total, before, number = sum(sizes), 0, 0  # bytes of all files, of those before this one; documents
-    for path, size in zip(source.paths, sizes):
+def read_source(share, files, column):
+    """Yields the documents of a source: (the fraction of its bytes that has been read by then, text). share:
+    how many of its documents are taken, evenly from beginning to end; 1 takes all. files: {path: bytes}."""
+    total, before, number = sum(files.values()), 0, 0  # bytes of all files, of those before; documents
+    for path, size in files.items():
         with readable(path, "mend it or leave it out; --column says where .jsonl and .parquet have the text"):
-            for progress, text in READERS[Path(path).suffix](path, column):
+            for fraction, text in READERS[Path(path).suffix](path, column):
                 if text in (None, ""):
-                    source.counts["empty"] += 1
                     continue
                 if not isinstance(text, str):
                     raise TypeError(f"{column!r} holds {type(text).__name__}, not text")
                 number += 1
                 # Of the first n documents int(n * share) are taken, so this one is if that number has grown.
-                if int(number * source.share) > int((number - 1) * source.share):
-                    source.counts.update(documents=1, characters=len(text))
-                    yield (before + progress * size) / total, text
+                if int(number * share) > int((number - 1) * share):
+                    yield (before + fraction * size) / total, text
         before += size
 
 
@@ -412,7 +402,7 @@ def read_batches(sources, column):
     """Yields the documents of all sources, merged by how much of each source has been read, in batches of
     about BATCH characters: (share of all that has been read, list of texts)."""
     texts, size = [], 0
-    streams = [read_source(source, column) for source in sources]
+    streams = [read_source(share, files, column) for share, files in sources.values()]
     for progress, text in heapq.merge(*streams, key=lambda item: item[0]):
         texts.append(text)
         size += len(text)
@@ -444,34 +434,34 @@ def tokenize(batches, name, workers):
 # --------------------------------------------------------------------------------------------------
 # The command: which files to read, shards, and meta.json beside them
 
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"  # on the hub
+
+
+def find_files(pattern):
+    """{path: bytes} of the files that a pattern matches, in the order of their names."""
+    paths = [pattern] if os.path.isfile(pattern) else sorted(glob(pattern, recursive=True))
+    paths = [path for path in paths if os.path.isfile(path) and Path(path).suffix in READERS]
+    if not paths:
+        raise UserError(f"{pattern} matches no .parquet, .jsonl or .txt file: try 'docs/**/*.txt', say")
+    return {path: os.path.getsize(path) for path in paths}
+
 
 def choose_sources(args):
-    """One source for each pattern of --mix, or one of all files that --input or --dataset name."""
-    if args.dataset:
-        import datasets  # takes half a second, and --input does without it
-
-        what = f"--dataset {args.dataset} --config {args.config}"
-        with readable(what, "try again, or give local files with --input"):
-            files = datasets.load_dataset_builder(args.dataset, args.config).config.data_files["train"]
-            print(f"{len(files)} files; those not in {datasets.config.HF_CACHE_HOME} are downloaded")
-            settings = datasets.DownloadConfig(num_proc=min(8, len(files)))
-            paths = datasets.DownloadManager(args.dataset, download_config=settings).download(files)
-            return [Source("all", 1.0, paths, Counter())]
-    sources = {}
-    for word in args.mix or [f"{pattern}:1" for pattern in args.input]:
+    """{name: (share, files)}: one source for each pattern of --mix, or a single one of all files."""
+    sources, files = {}, {}
+    for word in args.mix or ():
         pattern, _, share = word.rpartition(":")
         with readable(f"--mix {word}", "write PATTERN:SHARE, none twice, with a share above 0 and at most 1"):
-            if args.mix and pattern in sources or not 0 < float(share) <= 1:
+            if pattern in sources or not 0 < float(share) <= 1:
                 raise ValueError(word)
-        paths = [pattern] if os.path.isfile(pattern) else sorted(glob(pattern, recursive=True))
-        paths = [path for path in paths if os.path.isfile(path) and Path(path).suffix in READERS]
-        if not paths:
-            raise UserError(f"{pattern} matches no .parquet, .jsonl or .txt file: try 'docs/**/*.txt', say")
-        sources[pattern] = Source(pattern, float(share), paths, Counter())
-    if args.mix:
-        return list(sources.values())
-    paths = dict.fromkeys(path for source in sources.values() for path in source.paths)  # each file once
-    return [Source("all", 1.0, list(paths), Counter())]
+        sources[pattern] = float(share), find_files(pattern)
+    for pattern in args.input or ():
+        files |= find_files(pattern)
+    if not args.mix and not args.input:
+        with readable(FINEWEB_EDU, "go online, or give local files with --input"):
+            part = {"repo_type": "dataset", "allow_patterns": "sample/10BT/*"}
+            files = find_files(huggingface_hub.snapshot_download(FINEWEB_EDU, **part) + "/sample/10BT/*")
+    return sources or {" ".join(args.input or [FINEWEB_EDU]): (1.0, files)}
 
 
 def open_meta(out, settings):
@@ -488,7 +478,7 @@ def open_meta(out, settings):
     if not meta["shards"]:
         return settings | {"complete": False, "shards": {}}
     for name, value in settings.items():
-        if name != "source" and meta.get(name) != value:  # other patterns may match the same files
+        if meta.get(name) != value:
             raise UserError(f"{out} has shards with {name} {meta.get(name)}, not {value}: give another --out")
     return meta
 
@@ -529,8 +519,7 @@ def write_shards(out, meta, sources, tokenizer, workers):
         raise UserError(f"{n:,} tokens fill only the validation shard, none are left to train on: {mend}")
     if filled:
         finish()
-    # A run that goes on reads all documents again, so its counts are those of the whole.
-    meta |= {"complete": True, "counts": {source.name: source.counts for source in sources}}
+    meta["complete"] = True
     write_json(out / "meta.json", meta)
 
 
@@ -540,22 +529,15 @@ def parse_args(argv):
     source = functools.partial(parser.add_mutually_exclusive_group().add_argument, type=nonempty)
     source("--input", nargs="+", metavar="FILE", help=".parquet, .jsonl or .txt (a document); patterns too")
     source("--mix", nargs="+", metavar="PATTERN:SHARE", help="a share of the documents of each pattern")
-    source("--dataset", help="a data set on the hub (HuggingFaceFW/fineweb-edu)")
-    flag("--config", help="configuration of the data set (of fineweb-edu: sample-10BT)")
     flag("--column", default="text", help="where .parquet and .jsonl have the text (%(default)s)")
-    flag("--out", help="directory for the shards (of fineweb-edu: edu_fineweb10B)")
+    flag("--out", help="directory for the shards (of FineWeb-Edu: edu_fineweb10B)")
     flag("--shard_size", type=int, default=10**8, help="tokens of a shard (%(default)s)")
     flag("--workers", type=int, default=os.cpu_count(), help="threads (one for each core)")
     flag("--tokenizer", default="gpt2", help="gpt2, bytes, or a tokenizer.json of Hugging Face (%(default)s)")
     args = parser.parse_args(argv)
-    if not (args.input or args.mix or args.dataset):
-        args.dataset, args.config = "HuggingFaceFW/fineweb-edu", args.config or "sample-10BT"
-        if args.config == "sample-10BT":
-            args.out = args.out or "edu_fineweb10B"
-    if args.config and not args.dataset:
-        parser.error("--config is of a data set: give --dataset too")
-    if not args.out:
+    if not args.out and (args.input or args.mix):
         parser.error("--out is missing: give a directory for the shards")
+    args.out = args.out or "edu_fineweb10B"
     if args.shard_size < 1 or args.workers < 1:
         parser.error("--shard_size and --workers must be at least 1")
     return args
@@ -565,14 +547,14 @@ def main(argv=None):
     args = parse_args(argv)
     tokenizer, sources, out = get_tokenizer(args.tokenizer), choose_sources(args), Path(args.out)
     tokenizer_file = getattr(tokenizer, "path", None)  # Hugging Face's tokenizer.json, copied to the shards
-    files = [path for source in sources for path in source.paths] + [tokenizer_file] * bool(tokenizer_file)
-    stats = [(Path(path).name, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
+    files = [(Path(path).name, size) for _, files in sources.values() for path, size in files.items()]
+    if tokenizer_file:
+        files.append((tokenizer_file.name, tokenizer_file.stat().st_size))
     settings = {
         "tokenizer": "tokenizer.json" if tokenizer_file else tokenizer.name, "vocab_size": tokenizer.n_vocab,
         "eot": tokenizer.eot_token, "shard_size": args.shard_size, "column": args.column,
-        "source": {name: getattr(args, name) for name in ("mix", "input", "dataset", "config")},
-        "shares": {source.name: source.share for source in sources},
-        "files_sha256": hashlib.sha256(json.dumps(stats).encode()).hexdigest(),
+        "shares": {name: share for name, (share, _) in sources.items()},
+        "files_sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest(),  # names and sizes
     }  # fmt: skip
     with locked(out):
         meta = open_meta(out, settings)
@@ -586,9 +568,6 @@ def main(argv=None):
     shards = meta["shards"].values()
     tokens, texts, size = (sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes"))
     print(f"complete: {len(shards)} shards, {tokens:,} tokens, {texts:,} documents, {size:,} bytes of text")
-    for name, count in meta["counts"].items():
-        taken, length, empty = (count.get(key, 0) for key in ("documents", "characters", "empty"))
-        print(f"{name}: {taken:,} documents, {length:,} characters; {empty:,} records without text left out")
 
 
 if __name__ == "__main__":
