@@ -38,7 +38,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -301,20 +301,6 @@ def open_shard(shard):
     return np.asarray(tokens)
 
 
-def read_meta(file):
-    """The description of shards that write_shards has written. ValueError if its values can't be right."""
-    meta = json.loads(file.read_text())
-    numbers = [meta["eot"], meta["vocab_size"]]
-    for entry in meta["shards"].values():
-        batch, used = entry["end"]
-        numbers += entry["tokens"], entry["documents"], entry["bytes"], batch, used
-    if not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError("one of its numbers is not an integer, or is negative")
-    if type(meta["tokenizer"]) is not str or not meta["eot"] < meta["vocab_size"] <= 2**16:
-        raise ValueError("it describes no tokenizer of up to 65,536 tokens")
-    return meta
-
-
 def find_shards(directory):
     """The .npy and .bin files of a directory with the word "train" or "val" in their names. meta.json, which
     this script writes beside them, says what their tokens are; without it they are GPT-2's."""
@@ -328,7 +314,9 @@ def find_shards(directory):
     if not file.exists():
         return Data(**splits)
     with readable(file, "make the shards again with fineweb.py"):
-        meta = read_meta(file)
+        meta = json.loads(file.read_text())
+        if meta["vocab_size"] not in range(2**16 + 1) or meta["eot"] not in range(meta["vocab_size"]):
+            raise ValueError("it describes no tokenizer of up to 65,536 tokens")
         for path in (splits["train"] | splits["val"]).values():
             entry = meta["shards"].get(path.name)
             if entry is None or entry["tokens"] != len(open_shard(path)):
@@ -337,8 +325,8 @@ def find_shards(directory):
             print0(f"warning: {directory} is not complete: the same call of fineweb.py goes on with it")
         val = [meta["shards"][path.name] for path in splits["val"].values()]
         bytes_per_token = sum(entry["bytes"] for entry in val) / sum(entry["tokens"] for entry in val)
-        own = file.with_name("tokenizer.json")  # the copy of a tokenizer of Hugging Face
-        tokenizer = str(own) if meta["tokenizer"] == own.name else meta["tokenizer"]
+        own = Path(directory, meta["tokenizer"])  # tokenizer.json is the copy of a tokenizer of Hugging Face
+        tokenizer = str(own) if own.name == "tokenizer.json" else meta["tokenizer"]
         return Data(*splits.values(), tokenizer, meta["vocab_size"], meta["eot"], bytes_per_token)
 
 
@@ -466,21 +454,25 @@ def choose_sources(args):
 
 def open_meta(out, settings):
     """The description of shards in out/meta.json if their settings are the same, or else a new one."""
-    file, meta = out / "meta.json", {"shards": {}}
-    if file.exists():
-        with readable(file, "give another --out"):
-            meta = read_meta(file)
-            # If a shard is missing, those behind it are written again too.
-            shards = dict(takewhile(lambda entry: (out / entry[0]).exists(), meta["shards"].items()))
-            meta |= {"complete": meta["complete"] and shards == meta["shards"], "shards": shards}
-    elif any(out.glob("*.npy")):
-        raise UserError(f"{out} has shards, but no meta.json that describes them: give another --out")
-    if not meta["shards"]:
-        return settings | {"complete": False, "shards": {}}
-    for name, value in settings.items():
-        if meta.get(name) != value:
-            raise UserError(f"{out} has shards with {name} {meta.get(name)}, not {value}: give another --out")
-    return meta
+    file, new = out / "meta.json", settings | {"complete": False, "shards": {}}
+    if not file.exists():
+        if any(out.glob("*.npy")):
+            raise UserError(f"{out} has shards, but no meta.json that describes them: give another --out")
+        return new
+    with readable(file, "give another --out"):
+        meta = json.loads(file.read_text())
+        for name, value in settings.items():
+            if meta["shards"] and meta[name] != value:
+                raise UserError(f"{out} has {name} {meta[name]}, not {value}: give another --out")
+        for name, entry in meta["shards"].items():
+            batch, used = entry["end"]
+            numbers = entry["tokens"], entry["documents"], entry["bytes"], batch, used
+            if not all(type(n) is int and n >= 0 for n in numbers):
+                raise ValueError(f"{name} can't have {numbers}")
+            if not (out / name).exists():
+                return new  # this shard and those behind it are written again
+            new["shards"][name] = entry
+        return new | {"complete": meta["complete"]}
 
 
 def write_shards(out, meta, sources, tokenizer, workers):
@@ -546,24 +538,23 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     tokenizer, sources, out = get_tokenizer(args.tokenizer), choose_sources(args), Path(args.out)
-    tokenizer_file = getattr(tokenizer, "path", None)  # Hugging Face's tokenizer.json, copied to the shards
+    is_own = isinstance(tokenizer, HuggingFaceTokenizer)
+    tokenizer_json = tokenizer.path.read_bytes() if is_own else b""
     files = [(Path(path).name, size) for _, files in sources.values() for path, size in files.items()]
-    if tokenizer_file:
-        files.append((tokenizer_file.name, tokenizer_file.stat().st_size))
     settings = {
-        "tokenizer": "tokenizer.json" if tokenizer_file else tokenizer.name, "vocab_size": tokenizer.n_vocab,
+        "tokenizer": "tokenizer.json" if is_own else tokenizer.name, "vocab_size": tokenizer.n_vocab,
         "eot": tokenizer.eot_token, "shard_size": args.shard_size, "column": args.column,
         "shares": {name: share for name, (share, _) in sources.items()},
-        "files_sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest(),  # names and sizes
+        "files_sha256": hashlib.sha256(json.dumps(files).encode() + tokenizer_json).hexdigest(),
     }  # fmt: skip
     with locked(out):
         meta = open_meta(out, settings)
         if not meta["complete"]:
             write_json(out / "meta.json", meta)  # finds a directory that can't be written to before the work
             print(f"{len(files)} files into {out}; after a stop the same command goes on from the last shard")
-            if tokenizer_file and tokenizer_file.resolve() != (out / "tokenizer.json").resolve():
+            if is_own:  # the shards bring their tokenizer with them
                 with complete_file(out / "tokenizer.json") as f:
-                    f.write(tokenizer_file.read_bytes())
+                    f.write(tokenizer_json)
             write_shards(out, meta, sources, tokenizer, args.workers)
     shards = meta["shards"].values()
     tokens, texts, size = (sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes"))

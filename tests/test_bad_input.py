@@ -3,8 +3,8 @@
 A row is (name, program, make, word): make(directory) prepares the files, and returns the flags; the line has the word.
 """
 
+import contextlib
 import json
-
 import shutil
 from pathlib import Path
 
@@ -61,8 +61,8 @@ def material(tmp_path_factory):
     train_gpt2.GPT.from_checkpoint(directory / "log" / "latest.pt").save_pretrained(directory / "hf")
     (directory / "items.jsonl").write_text(json.dumps(ITEM))
     (directory / "text.txt").write_text("x" * 100)
-    made = ["--input", directory / "text.txt", "--tokenizer", "bytes", "--shard_size", 60, "--out", directory / "made"]
-    fineweb.main([str(flag) for flag in made])
+    with contextlib.chdir(directory):  # as the rows will be, in a copy of it
+        fineweb.main("--input text.txt --tokenizer bytes --shard_size 60 --out made".split())
     return directory
 
 
@@ -80,7 +80,7 @@ def table():
         return ["--data", d / "shards" / "s", *TINY, "--max_steps", 2, "--log_dir", d / "new"]
 
     def tokenize(d):
-        return ["--input", d / "text.txt", "--tokenizer", "bytes", "--shard_size", 60, "--out", d / "new"]
+        return ["--input", "text.txt", "--tokenizer", "bytes", "--shard_size", 60, "--out", d / "new"]
 
     def judge(d):
         return ["-m", d / "log" / "latest.pt", "--data", d / "items.jsonl", "-d", "cpu"]
@@ -191,7 +191,8 @@ def table():
         for key in "tokens", "bytes", "end":
             if value != 10**30:
                 keys = "shards", "edufineweb_val_000000.npy", key
-                row(f"{key} {value!r}", "train_gpt2", in_json("shards/s/meta.json", train, *keys, value=value), "meta.json")
+                if key == "tokens" or (key == "bytes" and value in (None, "x", [], {})):  # other values of bytes can be
+                    row(f"{key} {value!r}", "train_gpt2", in_json("shards/s/meta.json", train, *keys, value=value), "meta.json")
                 row(f"{key} {value!r}", "fineweb", in_json("made/meta.json", again, *keys, value=value), "meta.json")
         for key in ("model", "config") if value not in ({}, []) else ("model",):
             row(f"{key} {value!r}", "train_gpt2", in_checkpoint(begin, key, value=value), "latest.pt")
