@@ -383,40 +383,28 @@ def read_source(share, files, column):
         before += size
 
 
-BATCH = 2**20  # characters: a few tens of milliseconds of work for a thread
+BATCH = 64  # documents that a thread tokenizes at a time; of web pages, about 10 ms of work
 
 
-def read_batches(sources, column):
-    """Yields the documents of all sources, merged by how much of each source has been read, in batches of
-    about BATCH characters: (share of all that has been read, list of texts)."""
-    texts, size = [], 0
-    streams = [read_source(share, files, column) for share, files in sources.values()]
-    for progress, text in heapq.merge(*streams, key=lambda item: item[0]):
-        texts.append(text)
-        size += len(text)
-        if size >= BATCH:
-            yield progress, texts
-            texts, size = [], 0
-    yield 1.0, texts
-
-
-def tokenize(batches, name, workers):
-    """Yields the batches in order, with tokens for texts. Threads work on the next 2 * workers of them."""
+def tokenize(documents, name, workers):
+    """Yields (fraction that has been read, tokens) for each BATCH of documents, in order. Threads work on the
+    next 4 * workers batches."""
     thread = threading.local()
 
     def start():  # threads that share one tiktoken.Encoding wait for each other's regular expressions
         thread.tokenizer = get_tokenizer(name)
 
-    def work(texts):
-        return encode_documents(thread.tokenizer, texts)
+    def work(batch):
+        return batch[-1][0], encode_documents(thread.tokenizer, [text for _, text in batch])
 
     with ThreadPoolExecutor(workers, initializer=start) as pool:
-        futures = ((progress, pool.submit(work, texts)) for progress, texts in batches)
-        waiting = deque(islice(futures, 2 * workers))
+        batches = iter(lambda: list(islice(documents, BATCH)), [])  # until one is empty
+        futures = (pool.submit(work, batch) for batch in batches)
+        waiting = deque(islice(futures, 4 * workers))
         while waiting:
-            progress, future = waiting.popleft()
+            future = waiting.popleft()
             waiting.extend(islice(futures, 1))
-            yield progress, future.result()
+            yield future.result()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -465,8 +453,8 @@ def open_meta(out, settings):
             if meta["shards"] and meta[name] != value:
                 raise UserError(f"{out} has {name} {meta[name]}, not {value}: give another --out")
         for name, entry in meta["shards"].items():
-            batch, used = entry["end"]
-            numbers = entry["tokens"], entry["documents"], entry["bytes"], batch, used
+            first, used = entry["end"]
+            numbers = entry["tokens"], entry["documents"], entry["bytes"], first, used
             if not all(type(n) is int and n >= 0 for n in numbers):
                 raise ValueError(f"{name} can't have {numbers}")
             if not (out / name).exists():
@@ -478,8 +466,8 @@ def open_meta(out, settings):
 def write_shards(out, meta, sources, tokenizer, workers):
     """Tokenize the sources from where the last shard in `meta` ends, and write shards until their end."""
     shards, shard_size = meta["shards"], meta["shard_size"]
-    # The next token to go into a shard is number `used` of batch number `batch`.
-    batch, used = list(shards.values())[-1]["end"] if shards else (0, 0)
+    # The next token to go into a shard is number `used` of the documents from number `first` on.
+    first, used = list(shards.values())[-1]["end"] if shards else (0, 0)
     shard, filled = np.empty(shard_size, dtype=np.uint16), 0
     text_bytes = np.array([len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)])
     text_bytes[tokenizer.eot_token] = 0
@@ -489,14 +477,16 @@ def write_shards(out, meta, sources, tokenizer, workers):
         with complete_file(out / name) as f:
             np.save(f, tokens)
         documents, text = int((tokens == tokenizer.eot_token).sum()), int(text_bytes[tokens].sum())
-        shards[name] = {"tokens": filled, "documents": documents, "bytes": text, "end": (batch, used)}
+        shards[name] = {"tokens": filled, "documents": documents, "bytes": text, "end": (first, used)}
         write_json(out / "meta.json", meta)
 
-    batches = islice(read_batches(sources, meta["column"]), batch, None)
+    # The sources are merged by the fraction of each that has been read.
+    streams = [read_source(share, files, meta["column"]) for share, files in sources.values()]
+    documents = islice(heapq.merge(*streams, key=lambda item: item[0]), first, None)
     with tqdm(initial=len(shards) * shard_size, unit=" tokens", unit_scale=True) as bar:
-        for progress, tokens in tokenize(batches, tokenizer.name, workers):
+        for fraction, tokens in tokenize(documents, tokenizer.name, workers):
             bar.update(len(tokens) - used)
-            bar.total = int(bar.n / progress)  # an estimate, from the share that has been read
+            bar.total = int(bar.n / fraction)  # an estimate
             while used < len(tokens):
                 part = tokens[used : used + shard_size - filled]
                 shard[filled : filled + len(part)] = part
@@ -504,7 +494,7 @@ def write_shards(out, meta, sources, tokenizer, workers):
                 if filled == shard_size:
                     finish()
                     filled = 0
-            batch, used = batch + 1, 0
+            first, used = first + BATCH, 0
     n = len(shards) * shard_size + filled
     if n <= shard_size:
         mend = f"give more, or --shard_size {max(1, n // 10)} and another --out"

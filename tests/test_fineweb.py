@@ -158,7 +158,7 @@ def test_any_number_of_workers_gives_the_same_bytes(corpus, whole, tmp_path):
     assert contents(tmp_path) == contents(whole)
 
 
-@pytest.mark.parametrize("batch", [1, 3000, 10**9])
+@pytest.mark.parametrize("batch", [1, 7, 10**9])
 def test_batches_of_any_size_give_each_document_once(tmp_path, monkeypatch, batch):
     monkeypatch.setattr(fineweb, "BATCH", batch)
     texts = [text[-90:] for text in make_texts(120, seed=1)]
@@ -169,8 +169,8 @@ def test_batches_of_any_size_give_each_document_once(tmp_path, monkeypatch, batc
     # A file that two patterns match counts once.
     tokenize("--input", tmp_path / "*", tmp_path / "*.jsonl", "--out", tmp_path / "out", "--shard_size", 997)
     assert read_documents(tmp_path / "out") == texts
-    n = {1: 121, 3000: len("".join(texts)) // 3000 + 1, 10**9: 1}[batch]  # the last batch may be empty
-    assert n - 1 <= list(read_meta(tmp_path / "out")["shards"].values())[-1]["end"][0] <= n
+    first, used = list(read_meta(tmp_path / "out")["shards"].values())[-1]["end"]
+    assert (first, used) == (-(-120 // batch) * batch, 0)  # behind the last batch
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "b.parquet", "c.jsonl", "d000.txt"])
@@ -273,15 +273,14 @@ def test_a_kill_after_the_last_shard(corpus, whole, tmp_path):
     assert contents(out) == contents(whole)
 
 
-def test_after_a_stop_the_batches_before_the_last_shard_are_left_out(corpus, whole, tmp_path, monkeypatch):
+def test_after_a_stop_the_documents_before_the_last_shard_are_left_out(corpus, whole, tmp_path, monkeypatch):
     stop_after(whole, out := tmp_path / "out", 20)
     first, calls, encode = list(read_meta(out)["shards"].values())[-1]["end"][0], [], fineweb.encode_documents
     monkeypatch.setattr(fineweb, "encode_documents", lambda *args: calls.append(args[1]) or encode(*args))
     tokenize("--input", corpus[0] / "*", "--out", out, "--shard_size", SIZE)
     assert contents(out) == contents(whole)
     again = [text for texts in calls for text in texts]
-    assert first >= 2 and sorted(again) == sorted(corpus[1][-len(again) :])
-    assert len("".join(again)) < len("".join(corpus[1])) - first * 2**20 < len("".join(again)) + 2**20
+    assert first > 500 and sorted(again) == sorted(corpus[1][first:])
 
 
 def test_two_runs_never_write_to_one_directory(tmp_path):
