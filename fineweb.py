@@ -247,12 +247,10 @@ def encode_documents(tokenizer, texts):
     """The tokens of all documents in a row, uint16 (n,). <|endoftext|> in a text is text like any other."""
     pieces = [[]]
     for text in texts:
-        try:  # encode_to_numpy makes no list of Python numbers, for which threads would wait for each other
-            tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
-        except (UnicodeEncodeError, TypeError):  # tiktoken's and tokenizers' errors for half a surrogate pair
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
-        pieces += [tokenizer.eot_token], tokens
+        # JSON may hold half of a surrogate pair, for which UTF-8 has no bytes: it becomes U+FFFD.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        # encode_to_numpy makes no list of Python numbers, for which threads would wait for each other.
+        pieces += [tokenizer.eot_token], tokenizer.encode_to_numpy(text, disallowed_special=())
     return np.concatenate(pieces, dtype=np.uint16, casting="unsafe")  # from uint32; no id is above 65,535
 
 
@@ -348,13 +346,12 @@ def read_parquet(path, column):
 def read_jsonl(path, column):
     size = os.path.getsize(path)
     with open(path, "rb") as f:
-        for line in f:
+        for number, line in enumerate(f, 1):
             try:
                 if line.strip():
                     yield f.tell() / size, json.loads(line)[column]
             except (ValueError, KeyError, TypeError):
-                begin = f.tell() - len(line)
-                raise ValueError(f"byte {begin} begins no line of JSON with {column!r}") from None
+                raise ValueError(f"line {number} is no JSON with {column!r}") from None
 
 
 def read_txt(path, column):

@@ -612,9 +612,9 @@ def test_one_shard_would_all_be_validation(tmp_path):
     [
         ("a.parquet", b"not parquet at all", "arquet"),
         ("a.parquet", b"", "arquet"),
-        ("a.jsonl", b'{"text": "fine"}\nnot json\n', "byte 17"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "byte 0"),
-        ("a.jsonl", b"[1, 2]\n", "byte 0"),
+        ("a.jsonl", b'{"text": "fine"}\nnot json\n', "line 2"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "line 1"),
+        ("a.jsonl", b"[1, 2]\n", "line 1"),
         ("a.jsonl", b'{"body": "x"}\n', "'text'"),
         ("a.jsonl", b'{"text": 5}\n', "int"),
         ("a.txt", b"\xff\xfe\x00binary", "utf-8"),
