@@ -176,10 +176,10 @@ class HuggingFaceTokenizer:
     """A byte-level BPE in Hugging Face's format. path: a tokenizer.json, or a directory that holds one."""
 
     def __init__(self, path):
-        self.path = Path(path, "tokenizer.json") if os.path.isdir(path) else Path(path)
-        self.name = str(self.path)
+        self.name = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else str(path)
         with readable(path, "give gpt2, bytes, or a byte-level tokenizer.json or its directory"):
-            self.bpe = Tokenizer.from_str(self.path.read_text(encoding="utf-8"))
+            self.json = Path(self.name).read_bytes()  # the file, which fineweb.py copies beside the shards
+            self.bpe = Tokenizer.from_buffer(self.json)
             self.bpe.encode_special_tokens = True  # what looks like a special token in a text is text
             self.bpe.no_truncation()  # the file may say how one model wants its rows; a document is whole
             self.bpe.no_padding()
@@ -525,11 +525,10 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     tokenizer, sources, out = get_tokenizer(args.tokenizer), choose_sources(args), Path(args.out)
-    is_own = isinstance(tokenizer, HuggingFaceTokenizer)
-    tokenizer_json = tokenizer.path.read_bytes() if is_own else b""
+    tokenizer_json = getattr(tokenizer, "json", b"")  # of a tokenizer of Hugging Face
     files = [(Path(path).name, size) for _, files in sources.values() for path, size in files.items()]
     settings = {
-        "tokenizer": "tokenizer.json" if is_own else tokenizer.name, "vocab_size": tokenizer.n_vocab,
+        "tokenizer": "tokenizer.json" if tokenizer_json else tokenizer.name, "vocab_size": tokenizer.n_vocab,
         "eot": tokenizer.eot_token, "shard_size": args.shard_size, "column": args.column,
         "shares": {name: share for name, (share, _) in sources.items()},
         "files_sha256": hashlib.sha256(json.dumps(files).encode() + tokenizer_json).hexdigest(),
@@ -539,7 +538,7 @@ def main(argv=None):
         if not meta["complete"]:
             write_json(out / "meta.json", meta)  # finds a directory that can't be written to before the work
             print(f"{len(files)} files into {out}; after a stop the same command goes on from the last shard")
-            if is_own:  # the shards bring their tokenizer with them
+            if tokenizer_json:  # the shards bring their tokenizer with them
                 with complete_file(out / "tokenizer.json") as f:
                     f.write(tokenizer_json)
             write_shards(out, meta, sources, tokenizer, args.workers)
