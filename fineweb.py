@@ -329,46 +329,42 @@ def find_shards(directory):
 
 
 # --------------------------------------------------------------------------------------------------
-# Reading documents. A reader yields, for each record of a file, the share of the file that has been read by
-# then, and the record's text.
+# Reading documents
+
+FORMATS = (".parquet", ".jsonl", ".txt")
 
 
-def read_parquet(path, column):
-    file = pq.ParquetFile(path, memory_map=True)
-    if column not in file.schema_arrow.names:
-        raise KeyError(f"no column {column!r} among {', '.join(file.schema_arrow.names)}")
-    batches = file.iter_batches(128, columns=[column])
-    texts = (text for batch in batches for text in batch.column(0).to_pylist())
-    for number, text in enumerate(texts, 1):
-        yield number / file.metadata.num_rows, text
-
-
-def read_jsonl(path, column):
-    size = os.path.getsize(path)
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                if line.strip():
-                    yield f.tell() / size, json.loads(line)[column]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"line {number} is no JSON with {column!r}") from None
-
-
-def read_txt(path, column):
-    with open(path, encoding="utf-8", newline="") as f:  # newline="" leaves the line ends as they are
-        yield 1.0, f.read()
-
-
-READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
+def read_file(path, column):
+    """Yields (the fraction of the file that has been read by then, text) for each of its records."""
+    if path.endswith(".parquet"):
+        file = pq.ParquetFile(path, memory_map=True)
+        if column not in file.schema_arrow.names:
+            raise KeyError(f"no column {column!r} among {', '.join(file.schema_arrow.names)}")
+        batches = file.iter_batches(128, columns=[column])
+        texts = (text for batch in batches for text in batch.column(0).to_pylist())
+        for number, text in enumerate(texts, 1):
+            yield number / file.metadata.num_rows, text
+    elif path.endswith(".jsonl"):
+        size = os.path.getsize(path)
+        with open(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    if line.strip():
+                        yield f.tell() / size, json.loads(line)[column]
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(f"line {number} is no JSON with {column!r}") from None
+    else:
+        with open(path, encoding="utf-8", newline="") as f:  # newline="" leaves the line ends as they are
+            yield 1.0, f.read()
 
 
 def read_source(share, files, column):
-    """Yields the documents of a source: (the fraction of its bytes that has been read by then, text). share:
-    how many of its documents are taken, evenly from beginning to end; 1 takes all. files: {path: bytes}."""
+    """Yields (the fraction of all bytes that has been read by then, text) for each document that is taken.
+    share: of the documents that are taken, evenly from beginning to end. files: {path: bytes}."""
     total, before, number = sum(files.values()), 0, 0  # bytes of all files, of those before; documents
     for path, size in files.items():
         with readable(path, "mend it or leave it out; --column says where .jsonl and .parquet have the text"):
-            for fraction, text in READERS[Path(path).suffix](path, column):
+            for fraction, text in read_file(path, column):
                 if text in (None, ""):
                     continue
                 if not isinstance(text, str):
@@ -384,18 +380,17 @@ BATCH = 64  # documents that a thread tokenizes at a time; of web pages, about 1
 
 
 def tokenize(documents, name, workers):
-    """Yields (fraction that has been read, tokens) for each BATCH of documents, in order. Threads work on the
-    next 4 * workers batches."""
+    """Yields (the fraction that has been read, tokens) for each BATCH of documents, in order. Threads work on
+    the next 4 * workers batches meanwhile."""
     thread = threading.local()
 
-    def start():  # threads that share one tiktoken.Encoding wait for each other's regular expressions
-        thread.tokenizer = get_tokenizer(name)
-
     def work(batch):
+        if not hasattr(thread, "tokenizer"):  # threads that share one wait for each other
+            thread.tokenizer = get_tokenizer(name)
         return batch[-1][0], encode_documents(thread.tokenizer, [text for _, text in batch])
 
-    with ThreadPoolExecutor(workers, initializer=start) as pool:
-        batches = iter(lambda: list(islice(documents, BATCH)), [])  # until one is empty
+    batches = iter(lambda: list(islice(documents, BATCH)), [])  # until one is empty
+    with ThreadPoolExecutor(workers) as pool:
         futures = (pool.submit(work, batch) for batch in batches)
         waiting = deque(islice(futures, 4 * workers))
         while waiting:
@@ -413,7 +408,7 @@ FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"  # on the hub
 def find_files(pattern):
     """{path: bytes} of the files that a pattern matches, in the order of their names."""
     paths = [pattern] if os.path.isfile(pattern) else sorted(glob(pattern, recursive=True))
-    paths = [path for path in paths if os.path.isfile(path) and Path(path).suffix in READERS]
+    paths = [path for path in paths if os.path.isfile(path) and path.endswith(FORMATS)]
     if not paths:
         raise UserError(f"{pattern} matches no .parquet, .jsonl or .txt file: try 'docs/**/*.txt', say")
     return {path: os.path.getsize(path) for path in paths}

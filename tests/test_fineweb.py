@@ -176,7 +176,7 @@ def test_batches_of_any_size_give_each_document_once(tmp_path, monkeypatch, batc
 @pytest.mark.parametrize("name", ["a.parquet", "b.parquet", "c.jsonl", "d000.txt"])
 def test_readers_tell_how_much_of_the_file_has_been_read(corpus, name):
     path = corpus[0] / name
-    shares = [far for far, _ in fineweb.READERS[path.suffix](str(path), "text")]
+    shares = [far for far, _ in fineweb.read_file(str(path), "text")]
     assert 0 < shares[0] and shares == sorted(shares) and shares[-1] == 1
     middle = shares[len(shares) // 2]
     assert len(shares) == 1 or middle == pytest.approx(0.5, abs=0.05)  # all documents are of like size
