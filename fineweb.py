@@ -5,7 +5,9 @@ module, it reads shards and text files, and has the tokenizers and the safe
 ways to read and write files that all three scripts share.
 
     python fineweb.py      # FineWeb-Edu sample-10BT into edu_fineweb10B/
-    python fineweb.py --input 'docs/**/*.txt' --out DIR --shard_size 1000000
+    # local files, such as those of another data set of the hub, which
+    # `hf download NAME --repo-type dataset --local-dir docs` fetches
+    python fineweb.py --input 'docs/**/*.parquet' --out DIR
     # a mixture: a quarter of the books, and all of the other documents
     python fineweb.py --mix 'books/*.jsonl:0.25' 'web/*.parquet:1' --out DIR
 
@@ -402,7 +404,8 @@ def tokenize(documents, name, workers):
 # --------------------------------------------------------------------------------------------------
 # The command: which files to read, shards, and meta.json beside them
 
-FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"  # on the hub
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"  # the name on the hub
+SAMPLE = "sample/10BT/*.parquet"  # its files with 10 billion tokens
 
 
 def find_files(pattern):
@@ -416,31 +419,30 @@ def find_files(pattern):
 
 def choose_sources(args):
     """{name: (share, files)}: one source for each pattern of --mix, or a single one of all files."""
-    sources, files = {}, {}
-    for word in args.mix or ():
-        pattern, _, share = word.rpartition(":")
-        with readable(f"--mix {word}", "write PATTERN:SHARE, none twice, with a share above 0 and at most 1"):
-            if pattern in sources or not 0 < float(share) <= 1:
-                raise ValueError(word)
-        sources[pattern] = float(share), find_files(pattern)
-    for pattern in args.input or ():
-        files |= find_files(pattern)
-    if not args.mix and not args.input:
-        with readable(FINEWEB_EDU, "go online, or give local files with --input"):
-            part = {"repo_type": "dataset", "allow_patterns": "sample/10BT/*"}
-            files = find_files(huggingface_hub.snapshot_download(FINEWEB_EDU, **part) + "/sample/10BT/*")
-    return sources or {" ".join(args.input or [FINEWEB_EDU]): (1.0, files)}
+    if args.mix:
+        sources = {}
+        for word in args.mix:
+            pattern, _, share = word.rpartition(":")
+            with readable(f"--mix {word}", "write PATTERN:SHARE, none twice, a share above 0 and at most 1"):
+                if pattern in sources or not 0 < float(share) <= 1:
+                    raise ValueError(word)
+            sources[pattern] = float(share), find_files(pattern)
+        return sources
+    if args.input:
+        files = {path: size for pattern in args.input for path, size in find_files(pattern).items()}
+        return {" ".join(args.input): (1.0, files)}
+    with readable(FINEWEB_EDU, "go online, or give local files with --input"):
+        folder = huggingface_hub.snapshot_download(FINEWEB_EDU, repo_type="dataset", allow_patterns=SAMPLE)
+        return {FINEWEB_EDU: (1.0, find_files(f"{folder}/{SAMPLE}"))}
 
 
 def open_meta(out, settings):
     """The description of shards in out/meta.json if their settings are the same, or else a new one."""
     file, new = out / "meta.json", settings | {"complete": False, "shards": {}}
-    if not file.exists():
-        if any(out.glob("*.npy")):
-            raise UserError(f"{out} has shards, but no meta.json that describes them: give another --out")
-        return new
+    if any(out.glob("*.npy")) and not file.exists():
+        raise UserError(f"{out} has shards, but no meta.json that describes them: give another --out")
     with readable(file, "give another --out"):
-        meta = json.loads(file.read_text())
+        meta = json.loads(file.read_text()) if file.exists() else new
         for name, value in settings.items():
             if meta["shards"] and meta[name] != value:
                 raise UserError(f"{out} has {name} {meta[name]}, not {value}: give another --out")
@@ -450,7 +452,7 @@ def open_meta(out, settings):
             if not all(type(n) is int and n >= 0 for n in numbers):
                 raise ValueError(f"{name} can't have {numbers}")
             if not (out / name).exists():
-                return new  # this shard and those behind it are written again
+                return new  # a shard that was deleted, and those behind it, are written again
             new["shards"][name] = entry
         return new | {"complete": meta["complete"]}
 
