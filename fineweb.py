@@ -452,7 +452,7 @@ def open_meta(out, settings):
             if not all(type(n) is int and n >= 0 for n in numbers):
                 raise ValueError(f"{name} can't have {numbers}")
             if not (out / name).exists():
-                return new  # a shard that was deleted, and those behind it, are written again
+                return new  # this shard was deleted: it and those behind it are written again
             new["shards"][name] = entry
         return new | {"complete": meta["complete"]}
 
@@ -524,6 +524,7 @@ def main(argv=None):
     tokenizer, sources, out = get_tokenizer(args.tokenizer), choose_sources(args), Path(args.out)
     tokenizer_json = getattr(tokenizer, "json", b"")  # of a tokenizer of Hugging Face
     files = [(Path(path).name, size) for _, files in sources.values() for path, size in files.items()]
+    # A run can go on only with the same settings, which include the names and sizes of its files.
     settings = {
         "tokenizer": "tokenizer.json" if tokenizer_json else tokenizer.name, "vocab_size": tokenizer.n_vocab,
         "eot": tokenizer.eot_token, "shard_size": args.shard_size, "column": args.column,
