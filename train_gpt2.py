@@ -499,86 +499,65 @@ def pick_dtype(device):
 
 
 class DataLoaderLite:
-    """Batches of rows of T tokens from the shards of a split, {name: path, or the tokens themselves}.
-
-    The rows of the whole run are numbered, over all epochs, and next_batch returns the next B of this rank:
-    of every world_size * B rows, rank r takes those from r * B to (r + 1) * B. So a step has the same rows
-    for any B and number of ranks. With shuffle, an epoch visits the shards, and each shard's documents, in an
-    order drawn from (seed, epoch, shard). A document begins with the token eot. The tail of a shard that is
-    shorter than a row is left out. Shards are memory-mapped. UserError for a shard without a row, or with a
-    token not below n_vocab."""
+    """Batches of rows of T tokens from the shards of a split, {name: path, or the tokens themselves}. The
+    rows of the whole run are numbered, over all epochs. Of every world_size * B rows, rank r takes those from
+    r * B to (r + 1) * B, so a step has the same rows for any B and number of ranks. With shuffle, each epoch
+    has an order of shards, and each shard of documents, drawn from (seed, epoch, shard). A document begins
+    with eot. The tail of a shard that is shorter than a row is left out. UserError for a shard without a row,
+    or with a token that is not below n_vocab."""
 
     def __init__(self, shards, B, T, rank=0, world_size=1, n_vocab=50257, seed=0, shuffle=False, eot=50256,
                  device="cpu"):  # fmt: skip
-        self.names, self.shards, self.device = list(shards), list(shards.values()), device
-        self.B, self.T, self.rank, self.world_size = B, T, rank, world_size
-        self.n_vocab, self.seed, self.shuffle, self.eot = n_vocab, seed, shuffle, eot
-        self.sizes = {name: len(open_shard(shard)) for name, shard in shards.items()}  # tokens
+        self.shards, self.B, self.T, self.rank, self.world_size = list(shards.items()), B, T, rank, world_size
+        self.n_vocab, self.seed, self.shuffle, self.eot, self.device = n_vocab, seed, shuffle, eot, device
+        self.sizes = {name: len(open_shard(shard)) for name, shard in self.shards}  # in tokens
         for name, n in self.sizes.items():
             if n <= T:
                 raise UserError(f"{name} has {n} tokens, a row needs {T + 1}: lower --T or give more data")
-        self.rows = np.array([(n - 1) // T for n in self.sizes.values()])  # the last token is only a target
-        self.rows_per_epoch = int(self.rows.sum())
-        # A batch may span two epochs or shards. (lru_cache as a decorator would be shared by all loaders.)
-        self.shard_order = functools.lru_cache(2)(self.shard_order)
-        self.document_order = functools.lru_cache(2)(self.document_order)
+        self.rows = [(n - 1) // T for n in self.sizes.values()]  # the last token of a shard is only a target
+        self.rows_per_epoch = sum(self.rows)
+        keep_one = functools.lru_cache(1)  # the next row most often needs the same order and the same shard
+        self.order, self.read_shard = keep_one(self.order), keep_one(self.read_shard)
         self.seek(0)
 
     def seek(self, row):
         """Let the next batches, over all ranks, begin at this row of the run."""
-        self.row, self.batch = row + self.rank * self.B, None
+        self.row = row + self.rank * self.B
 
     def order(self, n, *key):
         """The order in which n things are visited, as indices."""
-        return np.random.default_rng((self.seed, *key)).permutation(n) if self.shuffle else np.arange(n)
+        return np.random.default_rng((self.seed, *key)).permutation(n) if self.shuffle else range(n)
 
-    def shard_order(self, epoch):
-        """The shards in the order of an epoch, as indices, and the number of rows up to the end of each."""
-        order = self.order(len(self.shards), epoch)
-        return order, np.cumsum(self.rows[order])
-
-    def document_order(self, epoch, shard):
-        """The tokens of a shard; where each document ends in the order of an epoch; and what to add to a
-        token's place in that order to get its place in the shard. Of two documents, tokens 0 to 2 and 3 to
-        4, in the order (1, 0): ends (2, 5) and shifts (3, -2)."""
-        tokens = open_shard(self.shards[shard])
-        # A shard may begin within a document. Without shuffle, the whole shard counts as one.
-        starts = np.union1d(0, np.flatnonzero(tokens == self.eot)) if self.shuffle else np.zeros(1, np.int64)
-        order = self.order(len(starts), epoch, shard)
-        lengths = np.diff(starts, append=len(tokens))[order]
-        ends = np.cumsum(lengths)
-        return tokens, ends, starts[order] - (ends - lengths)
+    def read_shard(self, epoch, i):
+        """The tokens of shard number i, its documents in the order of an epoch: uint16 (n,)."""
+        tokens = open_shard(self.shards[i][1])
+        if not self.shuffle:
+            return tokens
+        # The first piece may be the end of a document that began in another shard.
+        documents = np.split(tokens, np.flatnonzero(tokens[1:] == self.eot) + 1)
+        return np.concatenate([documents[j] for j in self.order(len(documents), epoch, i)])
 
     def read_row(self, row):
         """The T tokens of a row of the run, and the token after them: uint16 (T + 1,)."""
         epoch, row = divmod(row, self.rows_per_epoch)
-        order, row_ends = self.shard_order(epoch)
-        i = np.searchsorted(row_ends, row, side="right")
-        shard = order[i]
-        tokens, ends, shifts = self.document_order(epoch, shard)
-        first = (row - row_ends[i] + self.rows[shard]) * self.T
-        places = np.arange(first, first + self.T + 1)  # in the order of the epoch
-        tokens = tokens[places + shifts[np.searchsorted(ends, places, side="right")]]
+        for i in self.order(len(self.shards), epoch):
+            if row < self.rows[i]:
+                break
+            row -= self.rows[i]
+        tokens = self.read_shard(epoch, i)[row * self.T : (row + 1) * self.T + 1]
         if tokens.max() >= self.n_vocab:
-            raise UserError(f"{self.names[shard]} has token {tokens.max()} >= {self.n_vocab}: make it again")
+            raise UserError(f"{self.shards[i][0]} has token {tokens.max()} >= {self.n_vocab}: make it again")
         return tokens
-
-    def prepare(self):
-        """Read the next batch. A GPU begins to copy it while it computes."""
-        rows = np.stack([self.read_row(row) for row in range(self.row, self.row + self.B)])
-        rows = torch.from_numpy(rows.astype(np.int64))
-        if self.device == "cuda":  # only from pinned memory does a GPU copy by itself
-            rows = rows.pin_memory()
-        rows = rows.to(self.device, non_blocking=self.device == "cuda")
-        self.batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def next_batch(self):
         """The next B rows of this rank: inputs and targets, int64 (B, T) each, targets one token ahead."""
-        if not self.batch:
-            self.prepare()
-        batch, self.batch = self.batch, None
+        rows = np.stack([self.read_row(row) for row in range(self.row, self.row + self.B)])
         self.row += self.world_size * self.B
-        return batch
+        rows = torch.from_numpy(rows.astype(np.int64))
+        if self.device == "cuda":  # the CPU does not wait for a copy from pinned memory
+            rows = rows.pin_memory().to("cuda", non_blocking=True)
+        rows = rows.to(self.device)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -616,7 +595,6 @@ def training_step(lr, args, train_model, optimizers, owners, loader):
         loss = loss / grad_accum_steps  # gradients add up over micro steps, but the objective is a mean
         loss.backward()
         total += loss.detach()
-        loader.prepare()  # meanwhile: calls of a GPU return before it has done the work
     norm = nn.utils.clip_grad_norm_(train_model.parameters(), args.grad_clip or math.inf)
     update(optimizers, owners, lr)
     total = all_reduce(total) / WORLD_SIZE

@@ -125,16 +125,6 @@ def test_seek_needs_no_replay(lecture_shards):
         assert rows(take(source, 1)) == expected[row + 4 : row + 8]
 
 
-def test_a_batch_that_was_prepared_is_the_next_one_unless_another_place_is_sought(lecture_shards):
-    expected = rows(take(loader(lecture_shards), 6))
-    source = loader(lecture_shards)
-    source.prepare()
-    assert rows(take(source, 3)) == expected[:6]
-    source.prepare()
-    source.seek(4)
-    assert rows(take(source, 2)) == expected[4:8]
-
-
 def test_one_shard_and_steps_longer_than_an_epoch(tmp_path):
     array = make_tokens(100, 5, EOT)
     source = DataLoaderLite({"a": array}, 20, T, seed=1, shuffle=True)  # 6 rows an epoch

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, interrupt, load, main, read_log
 
-from train_gpt2 import GPT, DataLoaderLite, GPTConfig
+from train_gpt2 import GPT, GPTConfig
 
 T, ROWS, STEPS = 16, 8, 5  # tokens in a row, rows in a step
 # Two steps of warmup to 1e-2, then half a cosine down to 1e-3 at step 5: 1e-3 + 9e-3 * (1 + cos(pi * i / 3)) / 2.
@@ -142,11 +142,3 @@ def test_each_micro_batch_and_each_step_has_dropout_of_its_own(flags, tmp_path, 
     losses = list(read_log(tmp_path / "log").values())[1:]  # all rows of the first step but one are alike
     assert len({round(loss, 4) for loss in losses}) == STEPS - 1
     assert len(seeds[1:]) == len(set(seeds[1:])) == STEPS * ROWS // 2  # after the run's own seed
-
-
-def test_every_batch_but_the_first_is_read_before_the_step_that_takes_it(flags, tmp_path, monkeypatch):
-    """So a GPU does not wait for it."""
-    ready, next_batch = [], DataLoaderLite.next_batch
-    monkeypatch.setattr(DataLoaderLite, "next_batch", lambda self: ready.append(bool(self.batch)) or next_batch(self))
-    main(*flags, tmp_path / "log")
-    assert ready == [False] + [True] * (STEPS * ROWS // 2 - 1)
