@@ -433,7 +433,7 @@ def parse_args(argv=None):
     if args.resume:
         path = Path(args.log_dir, "latest.pt")
         latest = load_checkpoint(path)
-        needed = {"optimizers": list, "args": dict, "step": int}
+        needed = {"optimizers": dict, "args": dict, "step": int}
         if not all(isinstance(latest.get(name), kind) for name, kind in needed.items()) or latest["step"] < 0:
             raise UserError(f"{path} has weights only: begin a new run with them, with --init_from")
         for name, value in latest["args"].items():
@@ -596,27 +596,6 @@ def training_step(lr, args, train_model, optimizers, owners, loader):
         loss.backward()
         total += loss.detach()
     norm = nn.utils.clip_grad_norm_(train_model.parameters(), args.grad_clip or math.inf)
-    update(optimizers, owners, lr)
-    total = all_reduce(total) / WORLD_SIZE
-    return torch.stack((total, norm)).tolist()  # the only place where the GPU is waited for
-
-
-# --------------------------------------------------------------------------------------------------
-# Optimizer state. With --zero it is sharded over the ranks (ZeRO stage 1, Rajbhandari et al. 2020): each
-# tensor has an owner, the rank that updates it and keeps its moments. Without --zero there are no owners.
-
-
-def assign_owners(model):
-    """{parameter: rank}: each goes to the rank that has the least so far."""
-    sizes, owners = [0] * WORLD_SIZE, {}
-    for p in model.parameters():
-        owners[p] = sizes.index(min(sizes))
-        sizes[owners[p]] += p.numel()
-    return owners
-
-
-def update(optimizers, owners, lr):
-    """Step the optimizers with a learning rate, and clear the gradients."""
     for p, owner in owners.items():
         if owner != RANK:
             p.grad = None  # all ranks have the same; an optimizer skips a tensor without, and keeps no state
@@ -627,36 +606,37 @@ def update(optimizers, owners, lr):
         optimizer.zero_grad()
     for p, owner in owners.items():
         dist.broadcast(p.detach(), owner)
+    total = all_reduce(total) / WORLD_SIZE
+    return torch.stack((total, norm)).tolist()  # the only place where the GPU is waited for
 
 
-def collect_states(optimizers, owners):
-    """The optimizers' state_dicts, on rank 0 with the state of all tensors. All ranks must call it."""
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    if not owners:
-        return states
-    for optimizer, state in zip(optimizers, states):
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        for i, p in enumerate(params):  # one at a time, so that little is held twice
-            entry = [{name: t.cpu() for name, t in state["state"].pop(i, {}).items()}]
-            dist.broadcast_object_list(entry, owners[p])  # in place: now all ranks have the owner's
-            if RANK == 0 and entry[0]:  # there is none before the first step
-                state["state"][i] = entry[0]
+# --------------------------------------------------------------------------------------------------
+# Optimizer state. With --zero it is sharded over the ranks (ZeRO stage 1, Rajbhandari et al. 2020): each
+# tensor has an owner, the rank that updates it and keeps its moments. Without --zero there are no owners.
+
+
+def collect_state(model, optimizers, owners):
+    """{parameter's name: {"exp_avg": tensor, ...}}, of all parameters on rank 0. All ranks must call it."""
+    states = {}
+    for name, p in model.named_parameters():
+        state = [{key: t.cpu() for optimizer in optimizers for key, t in optimizer.state.get(p, {}).items()}]
+        if owners:
+            dist.broadcast_object_list(state, owners[p])  # in place: now all ranks have the owner's
+        if RANK == 0:  # so no other rank holds more than one tensor's beside its own
+            states[name] = state[0]
     return states
 
 
-def restore_states(optimizers, owners, states, path):
-    """Give the optimizers the state of a checkpoint. Their hyperparameters stay those of the flags."""
+def restore_state(model, optimizers, owners, states, path):
+    """Give the optimizers the state of a checkpoint, each rank that of its own parameters."""
     with readable(path, "a new run can begin with its weights, by --init_from"):
-        for optimizer, state in zip(optimizers, states, strict=True):
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            for i, entry in state["state"].items():
-                shape = params[i].shape
-                adamw, muon = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}, {"momentum_buffer": shape}
-                if {name: t.shape for name, t in entry.items()} not in (adamw, muon):
-                    raise ValueError(f"optimizer state {i} does not fit a tensor of {tuple(shape)}")
-            # Those whose owner is this rank, or all of them if there are no owners.
-            own = {i: entry for i, entry in state["state"].items() if owners.get(params[i], RANK) == RANK}
-            optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer_of = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+        for name, p in model.named_parameters():
+            state = states[name]  # empty, where the run was stopped before its first step
+            if any(t.dim() and t.shape != p.shape for t in state.values()):
+                raise ValueError(f"the optimizer state of {name} does not fit its shape {tuple(p.shape)}")
+            if state and owners.get(p, RANK) == RANK:
+                optimizer_of[p].state[p] = {key: t.to(p) for key, t in state.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -848,9 +828,11 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
     """Train from the step of `latest`, what latest.pt holds, else from step 0. A signal in `stop` ends it."""
     log_dir, start = Path(args.log_dir), latest["step"] if latest else 0
     optimizers = model.configure_optimizers(args.max_lr, args.weight_decay, args.optimizer == "muon")
-    owners = assign_owners(model) if args.zero and WORLD_SIZE > 1 else {}
+    owners = {}
+    if args.zero and WORLD_SIZE > 1:  # sorted by size, they go to the ranks in turn, for shares of like size
+        owners = {p: i % WORLD_SIZE for i, p in enumerate(sorted(model.parameters(), key=torch.numel))}
     if latest:
-        restore_states(optimizers, owners, latest.pop("optimizers"), log_dir / "latest.pt")
+        restore_state(model, optimizers, owners, latest.pop("optimizers"), log_dir / "latest.pt")
         loader.seek(start * args.total_batch_size // args.T)
     train_model = torch.compile(model) if args.compile else model  # the same weights
     if WORLD_SIZE > 1:
@@ -859,7 +841,7 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
     def save(*names):  # the model after `step` steps of the loop below; all ranks must call it
         weights = {"model": model.state_dict(), "config": asdict(model.config), "step": step}
         weights["val_loss"] = figures.get("val")
-        state = weights | {"optimizers": collect_states(optimizers, owners), "args": args.remembered}
+        state = weights | {"optimizers": collect_state(model, optimizers, owners), "args": args.remembered}
         if RANK == 0 and args.checkpoint_every:
             for name in names:
                 with complete_file(log_dir / name) as f:

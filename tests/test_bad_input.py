@@ -197,7 +197,7 @@ def table():
         for key in ("model", "config") if value not in ({}, []) else ("model",):
             row(f"{key} {value!r}", "train_gpt2", in_checkpoint(begin, key, value=value), "latest.pt")
         for key in "step", "optimizers", "args":
-            if (key, value) not in [("args", {}), ("optimizers", [])]:
+            if (key, value) not in [("args", {})]:
                 row(f"{key} {value!r}", "train_gpt2", in_checkpoint(resume, key, value=value), "step" if (key, value) == ("step", 10**30) else "latest.pt")
         for key in "n_layer", "n_embd", "vocab_size", "tokenizer":
             if (key, value) != ("tokenizer", "x"):
@@ -206,12 +206,12 @@ def table():
             if (key, value) not in [("B", None), ("min_lr", None), ("weight_decay", 1.5), ("max_lr", 1.5)]:
                 row(f"args {key} {value!r}", "train_gpt2", in_checkpoint(resume, "args", key, value=value), key)
         for key in "exp_avg", "step":
-            row(f"{key} {value!r}", "train_gpt2", in_checkpoint(resume, "optimizers", 0, "state", 0, key, value=value), "latest.pt")
+            row(f"{key} {value!r}", "train_gpt2", in_checkpoint(resume, "optimizers", "transformer.wte.weight", key, value=value), "latest.pt")
         row(f"label {value!r}", "hellaswag", in_json("items.jsonl", judge, "label", value=value), "line 1") if value != 1.5 else None
     wpe = "model", "transformer.wpe.weight"
     for name, value in {"a vector": torch.zeros(3), "a number": 5, "sparse": torch.zeros(1024, 16).to_sparse()}.items():
         row(f"a weight is {name}", "train_gpt2", in_checkpoint(begin, *wpe, value=value), "latest.pt")
-        row(f"a moment is {name}", "train_gpt2", in_checkpoint(resume, "optimizers", 0, "state", 0, "exp_avg", value=value), "latest.pt") if name != "sparse" else None
+        row(f"a moment is {name}", "train_gpt2", in_checkpoint(resume, "optimizers", "transformer.wte.weight", "exp_avg", value=value), "latest.pt") if name != "sparse" else None
     for key, value in ("endings", ["a"] * 3), ("endings", [1, 2, 3, 4]), ("ctx", None), ("ctx", 5), ("label", 4), ("label", "two"):
         row(f"{key} {value!r}", "hellaswag", in_json("items.jsonl", judge, key, value=value), "line 1")
 

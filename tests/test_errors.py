@@ -163,7 +163,7 @@ def test_moments_of_a_wrong_shape_are_refused(run):
     """They crashed the process in the fused AdamW."""
     log_dir, resume = run
     latest = load(log_dir / "latest.pt")
-    latest["optimizers"][0]["state"][0]["exp_avg"] = torch.zeros(3)
+    latest["optimizers"]["transformer.wte.weight"]["exp_avg"] = torch.zeros(3)
     torch.save(latest, log_dir / "latest.pt")
     line = refused(*resume)
     assert "latest.pt" in line and "(384, 16)" in line
