@@ -1,28 +1,16 @@
-"""
-Tokens on disk. As a command, this script turns documents, from the Hugging
-Face hub or from local files, into shards of tokens for train_gpt2.py. As a
-module, it reads shards and text files, and has the tokenizers and the safe
-ways to read and write files that all three scripts share.
+"""Tokens on disk: documents become shards, and shards are read again. Here are
+also the tokenizers, and the safe ways to read and write files, of all scripts.
 
     python fineweb.py      # FineWeb-Edu sample-10BT into edu_fineweb10B/
-    # local files, such as those of another data set of the hub, which
-    # `hf download NAME --repo-type dataset --local-dir docs` fetches
-    python fineweb.py --input 'docs/**/*.parquet' --out DIR
+    python fineweb.py --input 'docs/**/*.txt' --out DIR --shard_size 1000000
     # a mixture: a quarter of the books, and all of the other documents
     python fineweb.py --mix 'books/*.jsonl:0.25' 'web/*.parquet:1' --out DIR
 
 A document is the end-of-text token followed by the tokens of its text. All
 documents, in the order of their files, form one sequence, which is cut into
 shards of exactly --shard_size tokens; the last shard is shorter. Shard 0 is
-the validation split.
-
-Notable choices:
-- The main thread reads and writes, and a pool of threads tokenizes: tiktoken
-  releases the interpreter lock.
-- After a stop, documents are read again, which is quick, and tokenized from
-  where the last shard ends.
-- The sources of a mixture are merged by how much of each has been read, so
-  all shards have the same mixture.
+the validation split. After a stop, the same command reads the documents again,
+which is quick, and tokenizes from where the last shard ends.
 """
 
 import argparse
@@ -34,13 +22,12 @@ import json
 import os
 import re
 import sys
-import textwrap
 import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,9 +51,9 @@ class UserError(Exception):
     """A mistake in a flag or a file. The message is one line that names the thing and says how to mend it."""
 
 
-def print0(*args):
-    """Print on rank 0 only, and at once. A closed pipe or a full disk behind it does not end the run."""
-    if RANK == 0:
+def print0(*args, rank=0):
+    """Print on one rank only, and at once. A closed pipe or a full disk behind it does not end the run."""
+    if RANK == rank:
         with contextlib.suppress(OSError):
             print(*args, flush=True)
 
@@ -78,8 +65,7 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError) as e:
-        # torchrun ends all its processes, the ranks, when one has failed. Most errors occur on all ranks: the
-        # lowest prints it, and the others, which wait a second longer each, are ended by then.
+        # Most errors occur on all ranks. Rank 0 prints its own, and then torchrun ends those that wait here.
         time.sleep(4 + RANK if RANK else 0)
         print("error:", " ".join(str(e).split()), file=sys.stderr, flush=True)
         sys.exit(2)
@@ -118,21 +104,16 @@ def readable(path, mend):
     except UserError:
         raise
     except Exception as e:
-        reason = getattr(e, "strerror", None) or textwrap.shorten(f"{type(e).__name__}: {e}", 200)
+        reason = getattr(e, "strerror", None) or f"{type(e).__name__}: {' '.join(str(e).split())}"[:200]
         raise UserError(f"{path} can't be read ({reason}): {mend}") from None
 
 
 def make_parser(description):
-    """An ArgumentParser whose --help is 79 characters wide, and which leaves the description as it is."""
-    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=79)
-    usage = "%(prog)s [flags]"
-    parser = argparse.ArgumentParser(None, usage, description, formatter_class=formatter, allow_abbrev=False)
-
-    def fail(message):
-        raise UserError(message)
-
-    if RANK > 0:  # argparse would print on every rank; `run` delays the others, so that rank 0 is heard
-        parser.error = fail
+    """An ArgumentParser that shows the description as it is."""
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=description, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    if RANK > 0:  # an error begins with the usage: there, wait as in `run` until rank 0 has printed its own
+        parser.print_usage = lambda file: time.sleep(4 + RANK)
     return parser
 
 
@@ -155,8 +136,6 @@ def warn_only(what):
 @contextlib.contextmanager
 def locked(directory):
     """Make and lock a directory, so that two runs never write to one. The lock ends with the process."""
-    with readable(directory, "choose another directory"):
-        Path(directory).mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(Path(directory, ".lock"), blocking=False):
             yield
@@ -170,7 +149,6 @@ def locked(directory):
 # Byte-level BPE writes a byte as one character: itself if it is visible in Latin-1, else one from 256 on.
 BYTE_OF = {chr(b): b for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
 BYTE_OF |= {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(BYTE_OF.values())))}
-
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
@@ -268,7 +246,6 @@ class Data(NamedTuple):
     tokenizer: str = "gpt2"
     n_vocab: int = 50257
     eot: int = 50256  # the token that begins every document
-    bytes_per_token: float | None = None  # of text, in the validation split; None where it is not known
 
 
 def load_text(path, tokenizer):
@@ -276,12 +253,10 @@ def load_text(path, tokenizer):
     several documents, with <|endoftext|> between them."""
     with readable(path, "give a text file in UTF-8, or a directory of shards"):
         text = Path(path).read_text(encoding="utf-8")
-    cut = len(text) * 9 // 10
-    train, val = (part.split("<|endoftext|>") for part in (text[:cut], text[cut:]))
-    train_tokens, val_tokens = encode_documents(tokenizer, train), encode_documents(tokenizer, val)
-    splits = {f"{path} (train split)": train_tokens}, {f"{path} (val split)": val_tokens}
-    bytes_per_token = len("".join(val).encode()) / len(val_tokens)
-    return Data(*splits, tokenizer.name, tokenizer.n_vocab, tokenizer.eot_token, bytes_per_token)
+    cut, splits = len(text) * 9 // 10, []
+    for name, part in ("train", text[:cut]), ("val", text[cut:]):
+        splits.append({f"{path} ({name} split)": encode_documents(tokenizer, part.split("<|endoftext|>"))})
+    return Data(*splits, tokenizer.name, tokenizer.n_vocab, tokenizer.eot_token)
 
 
 def open_shard(shard):
@@ -323,36 +298,30 @@ def find_shards(directory):
                 raise UserError(f"{path} is not the shard that {file} describes: make it again, or move it")
         if not meta["complete"]:
             print0(f"warning: {directory} is not complete: the same call of fineweb.py goes on with it")
-        val = [meta["shards"][path.name] for path in splits["val"].values()]
-        bytes_per_token = sum(entry["bytes"] for entry in val) / sum(entry["tokens"] for entry in val)
         own = Path(directory, meta["tokenizer"])  # tokenizer.json is the copy of a tokenizer of Hugging Face
         tokenizer = str(own) if own.name == "tokenizer.json" else meta["tokenizer"]
-        return Data(*splits.values(), tokenizer, meta["vocab_size"], meta["eot"], bytes_per_token)
+        return Data(*splits.values(), tokenizer, meta["vocab_size"], meta["eot"])
 
 
 # --------------------------------------------------------------------------------------------------
 # Reading documents
 
-FORMATS = (".parquet", ".jsonl", ".txt")
+BATCH = 64  # documents that a thread tokenizes at a time; of web pages, about 10 ms of work
 
 
 def read_file(path, column):
     """Yields (the fraction of the file that has been read by then, text) for each of its records."""
     if path.endswith(".parquet"):
-        file = pq.ParquetFile(path, memory_map=True)
-        if column not in file.schema_arrow.names:
-            raise KeyError(f"no column {column!r} among {', '.join(file.schema_arrow.names)}")
-        batches = file.iter_batches(128, columns=[column])
-        texts = (text for batch in batches for text in batch.column(0).to_pylist())
-        for number, text in enumerate(texts, 1):
-            yield number / file.metadata.num_rows, text
+        file, number = pq.ParquetFile(path, memory_map=True), 0
+        for batch in file.iter_batches(128, columns=[column]):
+            for number, text in enumerate(batch[column].to_pylist(), number + 1):
+                yield number / file.metadata.num_rows, text
     elif path.endswith(".jsonl"):
         size = os.path.getsize(path)
         with open(path, "rb") as f:
             for number, line in enumerate(f, 1):
                 try:
-                    if line.strip():
-                        yield f.tell() / size, json.loads(line)[column]
+                    yield f.tell() / size, json.loads(line)[column] if line.strip() else None
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(f"line {number} is no JSON with {column!r}") from None
     else:
@@ -367,29 +336,23 @@ def read_source(share, files, column):
     for path, size in files.items():
         with readable(path, "mend it or leave it out; --column says where .jsonl and .parquet have the text"):
             for fraction, text in read_file(path, column):
-                if text in (None, ""):
-                    continue
-                if not isinstance(text, str):
+                if not isinstance(text, str | None):
                     raise TypeError(f"{column!r} holds {type(text).__name__}, not text")
-                number += 1
+                number += bool(text)
                 # Of the first n documents int(n * share) are taken, so this one is if that number has grown.
-                if int(number * share) > int((number - 1) * share):
+                if text and int(number * share) > int((number - 1) * share):
                     yield (before + fraction * size) / total, text
         before += size
-
-
-BATCH = 64  # documents that a thread tokenizes at a time; of web pages, about 10 ms of work
 
 
 def tokenize(documents, name, workers):
     """Yields (the fraction that has been read, tokens) for each BATCH of documents, in order. Threads work on
     the next 4 * workers batches meanwhile."""
-    thread = threading.local()
+    tokenizer_of = functools.cache(lambda thread: get_tokenizer(name))  # threads that share one would wait
 
     def work(batch):
-        if not hasattr(thread, "tokenizer"):  # threads that share one wait for each other
-            thread.tokenizer = get_tokenizer(name)
-        return batch[-1][0], encode_documents(thread.tokenizer, [text for _, text in batch])
+        texts = [text for _, text in batch]
+        return batch[-1][0], encode_documents(tokenizer_of(threading.get_ident()), texts)
 
     batches = iter(lambda: list(islice(documents, BATCH)), [])  # until one is empty
     with ThreadPoolExecutor(workers) as pool:
@@ -411,7 +374,7 @@ SAMPLE = "sample/10BT/*.parquet"  # its files with 10 billion tokens
 def find_files(pattern):
     """{path: bytes} of the files that a pattern matches, in the order of their names."""
     paths = [pattern] if os.path.isfile(pattern) else sorted(glob(pattern, recursive=True))
-    paths = [path for path in paths if os.path.isfile(path) and path.endswith(FORMATS)]
+    paths = [path for path in paths if os.path.isfile(path) and path.endswith((".parquet", ".jsonl", ".txt"))]
     if not paths:
         raise UserError(f"{pattern} matches no .parquet, .jsonl or .txt file: try 'docs/**/*.txt', say")
     return {path: os.path.getsize(path) for path in paths}
@@ -437,24 +400,22 @@ def choose_sources(args):
 
 
 def open_meta(out, settings):
-    """The description of shards in out/meta.json if their settings are the same, or else a new one."""
-    file, new = out / "meta.json", settings | {"complete": False, "shards": {}}
-    if any(out.glob("*.npy")) and not file.exists():
-        raise UserError(f"{out} has shards, but no meta.json that describes them: give another --out")
+    """The description of the shards in `out`, up to one that is missing, or else a new description."""
+    file = out / "meta.json"
+    if not file.exists():
+        if any(out.glob("*.npy")):
+            raise UserError(f"{out} has shards, but no meta.json that describes them: give another --out")
+        return settings | {"complete": False, "shards": {}}
     with readable(file, "give another --out"):
-        meta = json.loads(file.read_text()) if file.exists() else new
+        meta = json.loads(file.read_text())
+        numbers = [n for entry in meta["shards"].values() for n in (entry["tokens"], *entry["end"])]
+        if not all(type(n) is int and n >= 0 for n in numbers) or len(numbers) != 3 * len(meta["shards"]):
+            raise ValueError("one of its numbers is missing or can't be")
         for name, value in settings.items():
             if meta["shards"] and meta[name] != value:
                 raise UserError(f"{out} has {name} {meta[name]}, not {value}: give another --out")
-        for name, entry in meta["shards"].items():
-            first, used = entry["end"]
-            numbers = entry["tokens"], entry["documents"], entry["bytes"], first, used
-            if not all(type(n) is int and n >= 0 for n in numbers):
-                raise ValueError(f"{name} can't have {numbers}")
-            if not (out / name).exists():
-                return new  # this shard was deleted: it and those behind it are written again
-            new["shards"][name] = entry
-        return new | {"complete": meta["complete"]}
+        shards = dict(takewhile(lambda entry: (out / entry[0]).exists(), meta["shards"].items()))
+        return settings | {"complete": meta["complete"] and shards == meta["shards"], "shards": shards}
 
 
 def write_shards(out, meta, sources, tokenizer, workers):
@@ -462,16 +423,13 @@ def write_shards(out, meta, sources, tokenizer, workers):
     shards, shard_size = meta["shards"], meta["shard_size"]
     # The next token to go into a shard is number `used` of the documents from number `first` on.
     first, used = list(shards.values())[-1]["end"] if shards else (0, 0)
-    shard, filled = np.empty(shard_size, dtype=np.uint16), 0
-    text_bytes = np.array([len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)])
-    text_bytes[tokenizer.eot_token] = 0
+    pieces, size = [], 0  # tokens that are in no shard yet
 
-    def finish():
-        name, tokens = f"edufineweb_{'train' if shards else 'val'}_{len(shards):06d}.npy", shard[:filled]
+    def finish(tokens, end):
+        name = f"edufineweb_{'train' if shards else 'val'}_{len(shards):06d}.npy"
         with complete_file(out / name) as f:
             np.save(f, tokens)
-        documents, text = int((tokens == tokenizer.eot_token).sum()), int(text_bytes[tokens].sum())
-        shards[name] = {"tokens": filled, "documents": documents, "bytes": text, "end": (first, used)}
+        shards[name] = {"tokens": len(tokens), "end": end}
         write_json(out / "meta.json", meta)
 
     # The sources are merged by the fraction of each that has been read.
@@ -479,22 +437,19 @@ def write_shards(out, meta, sources, tokenizer, workers):
     documents = islice(heapq.merge(*streams, key=lambda item: item[0]), first, None)
     with tqdm(initial=len(shards) * shard_size, unit=" tokens", unit_scale=True) as bar:
         for fraction, tokens in tokenize(documents, tokenizer.name, workers):
-            bar.update(len(tokens) - used)
+            pieces.append(tokens[used:])
+            size += len(pieces[-1])
+            bar.update(len(pieces[-1]))
             bar.total = int(bar.n / fraction)  # an estimate
-            while used < len(tokens):
-                part = tokens[used : used + shard_size - filled]
-                shard[filled : filled + len(part)] = part
-                filled, used = filled + len(part), used + len(part)
-                if filled == shard_size:
-                    finish()
-                    filled = 0
+            while size >= shard_size:
+                joined = np.concatenate(pieces)
+                pieces, size = [joined[shard_size:]], size - shard_size
+                finish(joined[:shard_size], (first, len(tokens) - size))
             first, used = first + BATCH, 0
-    n = len(shards) * shard_size + filled
-    if n <= shard_size:
-        mend = f"give more, or --shard_size {max(1, n // 10)} and another --out"
-        raise UserError(f"{n:,} tokens fill only the validation shard, none are left to train on: {mend}")
-    if filled:
-        finish()
+    if not shards or (size == 0 and len(shards) == 1):
+        raise UserError(f"{out} has no tokens to train on: give more documents, or a smaller --shard_size")
+    if size:
+        finish(np.concatenate(pieces), (first, 0))
     meta["complete"] = True
     write_json(out / "meta.json", meta)
 
@@ -506,14 +461,11 @@ def parse_args(argv):
     source("--input", nargs="+", metavar="FILE", help=".parquet, .jsonl or .txt (a document); patterns too")
     source("--mix", nargs="+", metavar="PATTERN:SHARE", help="a share of the documents of each pattern")
     flag("--column", default="text", help="where .parquet and .jsonl have the text (%(default)s)")
-    flag("--out", help="directory for the shards (of FineWeb-Edu: edu_fineweb10B)")
+    flag("--out", default="edu_fineweb10B", help="directory for the shards (%(default)s)")
     flag("--shard_size", type=int, default=10**8, help="tokens of a shard (%(default)s)")
     flag("--workers", type=int, default=os.cpu_count(), help="threads (one for each core)")
     flag("--tokenizer", default="gpt2", help="gpt2, bytes, or a tokenizer.json of Hugging Face (%(default)s)")
     args = parser.parse_args(argv)
-    if not args.out and (args.input or args.mix):
-        parser.error("--out is missing: give a directory for the shards")
-    args.out = args.out or "edu_fineweb10B"
     if args.shard_size < 1 or args.workers < 1:
         parser.error("--shard_size and --workers must be at least 1")
     return args
@@ -534,15 +486,13 @@ def main(argv=None):
     with locked(out):
         meta = open_meta(out, settings)
         if not meta["complete"]:
-            write_json(out / "meta.json", meta)  # finds a directory that can't be written to before the work
             print(f"{len(files)} files into {out}; after a stop the same command goes on from the last shard")
             if tokenizer_json:  # the shards bring their tokenizer with them
                 with complete_file(out / "tokenizer.json") as f:
                     f.write(tokenizer_json)
             write_shards(out, meta, sources, tokenizer, args.workers)
-    shards = meta["shards"].values()
-    tokens, texts, size = (sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes"))
-    print(f"complete: {len(shards)} shards, {tokens:,} tokens, {texts:,} documents, {size:,} bytes of text")
+    tokens = sum(shard["tokens"] for shard in meta["shards"].values())
+    print(f"complete: {len(meta['shards'])} shards, {tokens:,} tokens in {out}")
 
 
 if __name__ == "__main__":

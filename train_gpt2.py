@@ -810,13 +810,11 @@ def is_due(every, step, args):
     return every and (step % every == 0 or step == args.max_steps)
 
 
-def evaluate(step, args, model, val_loader, bytes_per_token, items, stop):
+def evaluate(step, args, model, val_loader, items, stop):
     """{stream: figure} of the evaluations that are due after `step` steps."""
     figures, saves = {}, is_due(args.checkpoint_every, step, args)  # checkpoints record val_loss
     if is_due(args.val_every, step, args) or (args.val_every and saves):
         figures["val"] = validate(model, val_loader, args, stop)
-        if bytes_per_token:  # bits per byte can be compared between tokenizers
-            figures["val_bpb"] = figures["val"] / math.log(2) / bytes_per_token
     if items and is_due(args.hellaswag_every, step, args):
         with autocast(args):
             guesses = hellaswag.evaluate(model, items, rank=RANK, world_size=WORLD_SIZE, stop=stop)
@@ -824,7 +822,7 @@ def evaluate(step, args, model, val_loader, bytes_per_token, items, stop):
     return figures
 
 
-def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, latest, stop):
+def train(args, model, loader, val_loader, tokenizer, items, latest, stop):
     """Train from the step of `latest`, what latest.pt holds, else from step 0. A signal in `stop` ends it."""
     log_dir, start = Path(args.log_dir), latest["step"] if latest else 0
     optimizers = model.configure_optimizers(args.max_lr, args.weight_decay, args.optimizer == "muon")
@@ -850,7 +848,7 @@ def train(args, model, loader, val_loader, bytes_per_token, tokenizer, items, la
     for step in range(start, args.max_steps + 1):
         # Evaluate, sample and save the model after `step` steps.
         last = step == args.max_steps
-        figures = evaluate(step, args, model, val_loader, bytes_per_token, items, stop)
+        figures = evaluate(step, args, model, val_loader, items, stop)
         if any_rank(stop):
             figures = {}  # the evaluation may have ended early
             save("latest.pt")
@@ -989,7 +987,7 @@ def main(argv=None):
         print0(f"batch: {args.total_batch_size:,} tokens a step, {args.B} x {args.T} at a time")
         print0(f"device: {WORLD_SIZE} x {args.device}, {args.dtype}{', compiled' if args.compile else ''}")
         stop = catch_signals(stack) if args.max_steps > 0 else []
-        train(args, model, loader, val_loader, data.bytes_per_token, tokenizer, items, latest, stop)
+        train(args, model, loader, val_loader, tokenizer, items, latest, stop)
         if args.max_steps > 0 and not stop:
             print_next(args)
     if WORLD_SIZE > 1:

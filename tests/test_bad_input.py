@@ -188,12 +188,11 @@ def table():
             row(f"{key} {value!r}", "train_gpt2", in_json("shards/s/meta.json", train, key, value=value), "meta.json")
         if value != "x":
             row(f"tokenizer {value!r}", "train_gpt2", in_json("shards/s/meta.json", train, "tokenizer", value=value), "meta.json")
-        for key in "tokens", "bytes", "end":
-            if value != 10**30:
-                keys = "shards", "edufineweb_val_000000.npy", key
-                if key == "tokens" or (key == "bytes" and value in (None, "x", [], {})):  # other values of bytes can be
-                    row(f"{key} {value!r}", "train_gpt2", in_json("shards/s/meta.json", train, *keys, value=value), "meta.json")
-                row(f"{key} {value!r}", "fineweb", in_json("made/meta.json", again, *keys, value=value), "meta.json")
+        for key in ("tokens", "end") if value != 10**30 else ():
+            keys = "shards", "edufineweb_val_000000.npy", key
+            row(f"{key} {value!r}", "fineweb", in_json("made/meta.json", again, *keys, value=value), "meta.json")
+            if key == "tokens":
+                row(f"{key} {value!r}", "train_gpt2", in_json("shards/s/meta.json", train, *keys, value=value), "meta.json")
         for key in ("model", "config") if value not in ({}, []) else ("model",):
             row(f"{key} {value!r}", "train_gpt2", in_checkpoint(begin, key, value=value), "latest.pt")
         for key in "step", "optimizers", "args":

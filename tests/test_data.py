@@ -140,7 +140,7 @@ def test_text_file_splits_and_documents(tmp_path):
     assert train.dtype == np.uint16
     assert train.tolist() == [256, *b"abcdefgh", 256, *b"ijklmn"]
     assert val.tolist() == [256, *"XYé".encode()]
-    assert (data.tokenizer, data.n_vocab, data.eot, data.bytes_per_token) == ("bytes", 257, 256, 4 / 5)
+    assert (data.tokenizer, data.n_vocab, data.eot) == ("bytes", 257, 256)
 
 
 def test_shards_of_llm_c_train(tmp_path):
