@@ -26,9 +26,7 @@ import functools
 import json
 import os
 import re
-import time
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -38,8 +36,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from fineweb import UserError, complete_file, make_parser, nonempty, readable, run, write_json
-from fineweb import find_shards, get_tokenizer, open_shard
+from fineweb import RANK, UserError, complete_file, find_shards, get_tokenizer, make_parser, nonempty
+from fineweb import open_shard, readable, run, warn_only, write_json
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{}.jsonl"
 
@@ -51,21 +49,12 @@ URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_
 def download(split):
     """Path of the published file, hellaswag/hellaswag_{split}.jsonl, which is fetched if it is not there."""
     path, url = Path("hellaswag", f"hellaswag_{split}.jsonl"), URL.format(split)
-    if path.exists():
-        return path
-    for wait in (0, 1, 3):  # seconds
-        time.sleep(wait)
-        try:
-            with urlopen(url, timeout=10) as response:
-                content = response.read()  # an HTTPException if the connection ends early
-            break
-        except (OSError, HTTPException) as e:
-            reason = e
-    else:
-        raise UserError(f"{url} can't be fetched ({reason}): try again, or put the file at {path}")
-    path.parent.mkdir(exist_ok=True)
-    with complete_file(path) as f:
-        f.write(content)
+    if not path.exists():
+        with readable(url, f"try again, or put the file at {path}"), urlopen(url, timeout=10) as response:
+            content = response.read()  # raises an error if the connection ends early
+        path.parent.mkdir(exist_ok=True)
+        with complete_file(path) as f:
+            f.write(content)
     return path
 
 
@@ -92,6 +81,17 @@ def load_items(path, tokenizer, block_size=2**20, limit=None):
     if cut:
         print(f"{cut} items of {path} are longer than {block_size} tokens: their contexts lose the beginning")
     return items
+
+
+def load_items_on_all_ranks(tokenizer, block_size):
+    """The validation items, which rank 0 loads for all ranks; None, with a warning, if they can't be had."""
+    items = [None]
+    if RANK == 0 and tokenizer:
+        with warn_only("training goes on without HellaSwag"):
+            items = [load_items(download("val"), tokenizer, block_size)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(items)
+    return items[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def parse_args(argv):
     what.add_argument("-m", "--model", type=nonempty, help="released name, Hugging Face directory or .pt")
     what.add_argument("--contamination", metavar="DIR", type=nonempty, help="shards to search for items")
     flag("-d", "--device", choices=("cpu", "cuda", "mps"), help="(cuda where there is one, else cpu)")
-    flag("--dtype", choices=("float32", "bfloat16"), help="(bfloat16 on hardware with it, else float32)")
+    flag("--dtype", choices=("float32", "bfloat16"), default="float32", help="(%(default)s)")
     flag("--batch_size", type=int, help="rows at a time, which changes no guess (16 on cpu, else 128)")
     flag("--split", choices=("train", "val"), default="val", help="of the published files (%(default)s)")
     flag("--data", metavar="FILE", help="a .jsonl file in the published format instead")
@@ -244,11 +244,11 @@ def main(argv=None):
         write_contamination(args)
         return
 
-    from train_gpt2 import load_model, pick_dtype  # here, because train_gpt2.py imports this file
+    from train_gpt2 import GPT  # here, because train_gpt2.py imports this file
 
     path = args.data or download(args.split)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(args.model).to(device)
+    model = GPT.from_pretrained(args.model).to(device)
     tokenizer = get_tokenizer(args.tokenizer or model.config.tokenizer)
     items = load_items(path, tokenizer, model.config.block_size, args.limit)
     parts = {}
@@ -259,7 +259,7 @@ def main(argv=None):
         if (data, n) != (Path(path).name, len(items)):
             raise UserError(f"--clean {args.clean} is about {n} items of {data}: give the same items")
         parts = {"clean": set(range(len(items))) - overlapping, "overlapping": overlapping}
-    with torch.autocast(device, torch.bfloat16, enabled=(args.dtype or pick_dtype(device)) == "bfloat16"):
+    with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         guesses = evaluate(model, items, args.batch_size, progress=True)
     for name, part in {args.model: guesses.keys(), **parts}.items():
         acc, acc_norm = accuracy({i: guesses[i] for i in part}, items)

