@@ -34,14 +34,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-# `readable` turns any error of a file into a UserError, one line that says what to do, and `warn_only` into a
-# warning. `complete_file` gives a file its name when all of it is written.
+# readable makes any error with a file a UserError, one line that says what to do; warn_only only prints it.
+# complete_file replaces a file when all of it is written. print0 prints on rank 0, run prints a UserError.
 import hellaswag
-from fineweb import UserError, complete_file, find_shards, get_tokenizer, load_text, locked, make_parser
+from fineweb import RANK, UserError, complete_file, find_shards, get_tokenizer, load_text, locked, make_parser
 from fineweb import nonempty, open_shard, print0, readable, run, save_tokenizer, warn_only, write_json
 
-# torchrun sets these for each process; without it there is one process.
-RANK = int(os.environ.get("RANK", 0))  # number of this process among those of all nodes
+# torchrun sets these for each process, and RANK, its number among those of all nodes. Else there is one.
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # its number on this node; it uses the GPU of that number
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -125,8 +124,8 @@ class GPT(nn.Module):
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied: one matrix embeds and predicts tokens
-        # Normal with standard deviation 0.02 (GPT-2's released code), biases 0. Each block adds to the stream
-        # twice: there, a smaller one keeps the sum from growing with the layers (GPT-2 paper, section 2.3).
+        # Normal with standard deviation 0.02 (GPT-2's code, whose wpe has 0.01), biases 0. Each block adds to
+        # the stream twice: there it is smaller, so that the sum does not grow with the layers (paper, 2.3).
         residual_std = 0.02 / math.sqrt(2 * config.n_layer)
         for name, p in self.named_parameters():  # the tied tensor has one name here, so it is drawn once
             if name.endswith("bias"):
@@ -146,12 +145,12 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """idx, targets: int64 (B, T). Returns logits (B, T, vocab_size), and the mean cross entropy in nats,
-        a float32 scalar, or None if there are no targets."""
+        a float32 scalar; without targets the loss is None."""
         logits = self.lm_head(self.hidden(idx))
         if targets is None:
             return logits, None
-        # The softmax is computed in float32: bfloat16 has three digits, too few for a loss. Backward goes
-        # through the loss only: without detach, a compiled model also makes zeros as gradients of the logits.
+        # The softmax is in float32, because bfloat16 has three digits. Only the loss has a gradient: without
+        # detach, a compiled model would also compute one of the returned logits, which is all zeros.
         return logits.detach(), F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()
@@ -187,10 +186,10 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_dir):
         """The model of a name on the Hugging Face hub ("gpt2", ... "gpt2-xl"), of a directory that
         save_pretrained wrote, or of a .pt file. UserError for anything but GPT-2, and for variants of it."""
-        from transformers import GPT2Config, GPT2LMHeadModel
-
         if str(name_or_dir).endswith(".pt"):
             return cls.from_checkpoint(name_or_dir)
+        from transformers import GPT2Config, GPT2LMHeadModel
+
         with readable(name_or_dir, "give a released name, or a directory that save_pretrained wrote"):
             hf, info = GPT2LMHeadModel.from_pretrained(name_or_dir, output_loading_info=True)
             if info["missing_keys"]:
@@ -237,10 +236,10 @@ def transpose_conv1d(state):
     return {name: w.t() if name.endswith(conv1d) else w for name, w in state.items()}
 
 
-def load_checkpoint(path):
-    """The dict in a .pt file, but with the GPT, in eval mode, in place of its state dict "model" and its
-    "config". The file is read as plain data: no code in it is run. UserError if it is damaged or foreign."""
-    with readable(path, "give a checkpoint that training wrote"), zipfile.ZipFile(path) as file:
+def load_checkpoint(path, mend="give a checkpoint that training wrote"):
+    """What a .pt file holds, a dict, in which "model" is made the GPT itself, in eval mode, without "config".
+    The file is read as plain data: no code in it is run. UserError if it is damaged or foreign."""
+    with readable(path, mend), zipfile.ZipFile(path) as file:
         if damaged := file.testzip():  # torch.load does not verify the checksums
             raise ValueError(f"the checksum of {damaged} is wrong")
         # The lecture's script pickled an instance of its class __main__.GPTConfig: read it as one of ours.
@@ -248,9 +247,9 @@ def load_checkpoint(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config, weights = checkpoint.pop("config"), checkpoint["model"]
         config = config if isinstance(config, GPTConfig) else GPTConfig(**config)
-        if config.n_layer not in range(1000):
+        if config.n_layer not in range(1000):  # a damaged number would build layers until memory is full
             raise ValueError(f"its n_layer is {config.n_layer}")
-        with torch.random.fork_rng([]):  # the initial weights, which are replaced, draw no random numbers
+        with torch.random.fork_rng([]):  # the weights drawn here are replaced: put the random state back
             model = GPT(config)
         # torch.compile put this prefix before the names of the lecture's checkpoints.
         model.load_state_dict({name.removeprefix("_orig_mod."): w for name, w in weights.items()})
@@ -291,14 +290,14 @@ def build_parser():
 
     data = "edu_fineweb10B" if any(Path("edu_fineweb10B").glob("*train*")) else "input.txt"
     flag("data", str, data, "directory of shards (edu_fineweb10B if it exists) or text file")
-    flag("tokenizer", str, None, "of a text file: gpt2, bytes, or a tokenizer.json (the model's, else gpt2)")
+    flag("tokenizer", str, None, "for text (shards bring theirs): gpt2, bytes or a tokenizer.json")
     flag("shuffle", bool, True, "a new order of shards and documents in every epoch")
     flag("model", str, None, "preset (gpt2 for shards, else tiny)", choices=PRESETS)
     flag("n_layer", int, 12, "layers; with --init_from, more than the weights have make the model grow")
     flag("n_head", int, 12, "attention heads")
     flag("n_embd", int, 768, "width of the residual stream")
     flag("dropout", float, 0.0, "probability, on attention weights and the output of each attention and MLP")
-    flag("B", int, 0, "micro batch: most rows in a forward pass, which changes no step; 0: what fits")
+    flag("B", int, 0, "micro batch: most rows in a forward pass; the steps stay the same; 0: what fits")
     flag("T", int, 1024, "tokens in a row")
     flag("total_batch_size", int, 2**19, "tokens in a step, over all micro steps and ranks")
     flag("max_steps", int, 10**10 // 2**19, "steps of the whole run")
@@ -319,7 +318,7 @@ def build_parser():
     flag("top_k", int, 50, "sample from the k most likely tokens")
     flag("temperature", float, 1.0, "sampling temperature: below 1 is more predictable, above 1 more random")
     flag("seed", int, 42, "random seed of initial weights, data order and dropout")
-    flag("device", str, None, "(the fastest there is)", choices=("cpu", "cuda", "mps"))
+    flag("device", str, None, "(the fastest there is for every process)", choices=("cpu", "cuda", "mps"))
     flag("dtype", str, None, "(bfloat16 on a GPU that computes with it)", choices=("float32", "bfloat16"))
     flag("compile", bool, None, "torch.compile: a minute's wait, then faster steps (on cuda)")
     flag("print_every", int, 1, "steps between printed lines, 0: none; log.txt has all steps")
@@ -338,30 +337,30 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.resume:
         path = Path(args.log_dir, "latest.pt")
-        latest = load_checkpoint(path)
+        latest = load_checkpoint(path, "without it a run can't go on: begin one in another --log_dir")
         with readable(path, "a new run can begin with its weights, by --init_from"):
             parser.set_defaults(**latest["args"] | {"log_dir": args.log_dir, "init_from": str(path)})
-            if latest["step"] not in range(10**7):
+            if latest["step"] not in range(10**7):  # it is no number of steps
                 raise ValueError(f"step {latest['step']}")
     else:
         model = args.model or ("gpt2" if Path(args.data).is_dir() else "tiny")
         parser.set_defaults(model=model, **PRESETS[model])
-        if args.init_from:  # None: what the weights have
+        if args.init_from:  # the weights bring their tokenizer, and their shape if no --model is typed
             parser.set_defaults(tokenizer=None, **dict.fromkeys(() if args.model else SHAPE))
     args = parser.parse_args(argv)
 
     args.min_lr = args.max_lr / 10 if args.min_lr is None else args.min_lr
-    least = dict.fromkeys((*SHAPE, "T", "total_batch_size", "num_samples", "top_k"), 1)
-    least |= {"val_tokens": args.T, "temperature": 1e-3, "max_steps": latest["step"] if latest else 0}
+    lowest = dict.fromkeys((*SHAPE, "T", "total_batch_size", "num_samples", "top_k"), 1)
+    lowest |= {"val_tokens": args.T, "temperature": 1e-3, "max_steps": latest["step"] if latest else 0}
     for name, value in vars(args).items():
-        low, high = least.get(name, 0), 1 if name == "dropout" else 2**31
+        low, high = lowest.get(name, 0), (1 if name == "dropout" else 2**31)
         if type(value) in (int, float) and not low <= value < high:
             parser.error(f"--{name} {value} is out of range: it must be at least {low}, and below {high}")
     if args.min_lr > args.max_lr:
         parser.error(f"--min_lr {args.min_lr} is above --max_lr {args.max_lr}: give both")
     if args.total_batch_size % (unit := args.T * WORLD_SIZE):
-        parser.error(f"--total_batch_size {args.total_batch_size} is no multiple of T * ranks = {unit}")
-    has_gpus = torch.accelerator.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # one a rank
+        parser.error(f"--total_batch_size {args.total_batch_size} is no multiple of T * ranks, {unit}")
+    has_gpus = torch.accelerator.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # enough
     fastest = torch.accelerator.current_accelerator().type if has_gpus else "cpu"
     args.device = args.device or fastest
     if args.device not in (fastest, "cpu"):
@@ -373,7 +372,7 @@ def parse_args(argv=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# The data loader: the tokens of a row of the run are a function of the seed and the number of the row
+# The data loader: the seed and the number of a row decide which tokens it has
 
 
 class DataLoaderLite:
@@ -392,9 +391,9 @@ class DataLoaderLite:
         for name, n in self.sizes.items():
             if n <= T:
                 raise UserError(f"{name} has {n} tokens, a row needs {T + 1}: lower --T or give more data")
-        self.rows = [(n - 1) // T for n in self.sizes.values()]  # the last token of a shard is only a target
-        self.rows_per_epoch = sum(self.rows)
-        keep_one = functools.lru_cache(1)  # the next row most often needs the same order and the same shard
+        self.shard_rows = [(n - 1) // T for n in self.sizes.values()]  # a shard's last token is only a target
+        self.rows_per_epoch = sum(self.shard_rows)
+        keep_one = functools.lru_cache(1)  # of each method: the next row nearly always needs the same result
         self.order, self.read_shard = keep_one(self.order), keep_one(self.read_shard)
         self.seek(0)
 
@@ -419,9 +418,9 @@ class DataLoaderLite:
         """The T tokens of a row of the run, and the token after them: uint16 (T + 1,)."""
         epoch, row = divmod(row, self.rows_per_epoch)
         for i in self.order(len(self.shards), epoch):
-            if row < self.rows[i]:
+            if row < self.shard_rows[i]:
                 break
-            row -= self.rows[i]
+            row -= self.shard_rows[i]
         tokens = self.read_shard(epoch, i)[row * self.T : (row + 1) * self.T + 1]
         if tokens.max() >= self.n_vocab:
             raise UserError(f"{self.shards[i][0]} has token {tokens.max()} >= {self.n_vocab}: make it again")
@@ -440,7 +439,7 @@ class DataLoaderLite:
 
 # --------------------------------------------------------------------------------------------------
 # One training step. With --zero, the optimizer's state is sharded over the ranks (ZeRO stage 1, Rajbhandari
-# et al. 2020): each tensor has an owner, the rank that updates it and keeps its moments: {parameter: rank}.
+# et al. 2020): owners, {parameter: rank}, says which rank updates a tensor and keeps its moments. Else: {}.
 
 
 def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
@@ -453,7 +452,7 @@ def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
-    """The sum (or another function) of a tensor of all ranks, in place. All ranks must call it."""
+    """Replace a tensor by its sum over all ranks (or by op, such as the minimum). All ranks must call it."""
     if WORLD_SIZE > 1:
         dist.all_reduce(tensor, op)
     return tensor
@@ -468,7 +467,7 @@ def training_step(step, args, train_model, optimizers, owners, loader):
     """Forward and backward over the micro batches of a step, clipping, update. Returns the learning rate, the
     mean cross entropy over all micro steps and ranks, and the norm of the gradient before clipping."""
     lr = get_lr(step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
-    grad_accum_steps = args.total_batch_size // (args.B * args.T * WORLD_SIZE)
+    grad_accum_steps = args.total_batch_size // (loader.B * args.T * WORLD_SIZE)
     total = torch.zeros((), device=args.device)
     for micro_step in range(grad_accum_steps):
         if args.dropout:  # each micro batch has a seed of its own, so a resumed run has the same masks
@@ -484,36 +483,36 @@ def training_step(step, args, train_model, optimizers, owners, loader):
     norm = nn.utils.clip_grad_norm_(train_model.parameters(), args.grad_clip or math.inf)
     for p, owner in owners.items():
         if owner != RANK:
-            p.grad = None  # all ranks have the same; an optimizer skips a tensor without, and keeps no state
+            p.grad = None  # the owner has the same gradient; an optimizer skips tensors without one
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=WORLD_SIZE == 1)  # else .grad would no longer be DDP's buffer
     for p, owner in owners.items():
-        dist.broadcast(p.detach(), owner)
+        dist.broadcast(p.detach(), owner)  # every rank gets the tensor that its owner has updated
     total = all_reduce(total) / WORLD_SIZE
     return lr, *torch.stack((total, norm)).tolist()  # in one copy: only here is the GPU waited for
 
 
 def collect_state(model, optimizers, owners):
-    """{parameter's name: {"exp_avg": tensor, ...}}, of all parameters on rank 0. All ranks must call it."""
+    """{parameter's name: its state, {"exp_avg": tensor, ...}} on rank 0, else {}. All ranks must call it."""
     states = {}
     for name, p in model.named_parameters():
         state = [{key: t.cpu() for optimizer in optimizers for key, t in optimizer.state.get(p, {}).items()}]
         if owners:
             dist.broadcast_object_list(state, owners[p])  # in place: now all ranks have the owner's
-        if RANK == 0:  # so no other rank holds more than one tensor's beside its own
+        if RANK == 0:  # the others hold only one tensor's state at a time beside their own
             states[name] = state[0]
     return states
 
 
-def restore_state(model, optimizers, owners, states, path):
+def restore_state(model, optimizers, owners, latest, path):
     """Give the optimizers the state of a checkpoint, each rank that of its own parameters."""
     with readable(path, "a new run can begin with its weights, by --init_from"):
         optimizer_of = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
         for name, p in model.named_parameters():
-            state = states[name]  # empty, where the run was stopped before its first step
+            state = latest["optimizers"].pop(name)  # empty if the run was stopped before its first step
             if any(t.dim() and t.shape != p.shape for t in state.values()):
                 raise ValueError(f"the optimizer state of {name} does not fit its shape {tuple(p.shape)}")
             if state and owners.get(p, RANK) == RANK:
@@ -531,9 +530,9 @@ def log(args, step, **figures):
             f.writelines(f"{step} {stream} {value:.9g}\n" for stream, value in figures.items())
 
 
-def open_log(args, latest, tokens_per_epoch):
-    """Prepare log_dir: a resumed run drops the lines of the log for the steps that it runs again, and a new
-    run needs a directory without a run. config.json records the settings."""
+def prepare_log_dir(args, latest, tokens_per_epoch):
+    """A resumed run drops the lines of the log for the steps that it runs again, and a new run needs a
+    directory without a run. config.json records the settings."""
     log_file = Path(args.log_dir, "log.txt")
     if log_file.exists() and not latest:
         raise UserError(f"{args.log_dir} has a run: --resume goes on with it, another --log_dir begins anew")
@@ -547,8 +546,8 @@ def open_log(args, latest, tokens_per_epoch):
 
 
 def catch_signals(stack):
-    """A list that gets the time of each signal which asks this process to end. One more than a second after
-    the first ends it at once. A sooner one may be the same, sent twice by Slurm or torchrun."""
+    """A list that gets the time of each signal that asks this process to end. A second one ends it at once,
+    unless it comes within a second: it may be the same one, sent by both Slurm and torchrun."""
     received = []
 
     def receive(number, frame):
@@ -599,16 +598,16 @@ def train(args, model, loader, val_loader, tokenizer, items, latest, stop):
     """Train from the step of `latest`, what latest.pt holds, else from step 0. A signal in `stop` ends it."""
     start, owners = latest["step"] if latest else 0, {}
     optimizers = model.configure_optimizers(args.max_lr, args.weight_decay, args.optimizer == "muon")
-    if args.zero and WORLD_SIZE > 1:  # sorted by size, they go to the ranks in turn, for shares of like size
+    if args.zero and WORLD_SIZE > 1:  # by size, in turn: about equal shares, but the embedding is one tensor
         owners = {p: i % WORLD_SIZE for i, p in enumerate(sorted(model.parameters(), key=torch.numel))}
     if latest:
-        restore_state(model, optimizers, owners, latest.pop("optimizers"), args.init_from)
+        restore_state(model, optimizers, owners, latest, args.init_from)
         loader.seek(start * args.total_batch_size // args.T)
     train_model = torch.compile(model) if args.compile else model  # the same weights
     if WORLD_SIZE > 1:
-        train_model = DDP(train_model, gradient_as_bucket_view=True)  # the view saves a copy of the gradients
+        train_model = DDP(train_model, gradient_as_bucket_view=True)  # .grad is the buffer that is sent
 
-    def due(every):  # every so many steps, and after the last one; 0 means never
+    def due(every):  # every so many steps, and after the last one; 0 means never. `step` is the loop's, below
         return every and (step % every == 0 or step == args.max_steps)
 
     def save(*names):  # all ranks must call it
@@ -636,8 +635,9 @@ def train(args, model, loader, val_loader, tokenizer, items, latest, stop):
             log(args, step, **figures)
         if tokenizer and due(args.sample_every) and (step > 0 or last):
             print_samples(model, tokenizer, args)
-        if due(args.checkpoint_every) and step > start:
-            with contextlib.nullcontext() if last else warn_only("training goes on without it"):  # no room
+        if due(args.checkpoint_every) and step > 0:
+            # A full disk must not end training, but a last checkpoint that can't be written is an error.
+            with contextlib.nullcontext() if last else warn_only("training goes on without it"):
                 save(f"model_{step:05d}.pt", "latest.pt")
         if last:
             return
@@ -646,32 +646,32 @@ def train(args, model, loader, val_loader, tokenizer, items, latest, stop):
         t0 = time.perf_counter()
         lr, loss, norm = training_step(step, args, train_model, optimizers, owners, loader)
         if not math.isfinite(loss + norm):
-            raise UserError(f"step {step}: loss {loss}, norm {norm}: lower --max_lr, and begin again")
+            raise UserError(f"step {step}: loss {loss}, norm {norm}: lower --max_lr, and begin anew")
         log(args, step, train=loss, lr=lr, norm=norm)
         if args.print_every and step % args.print_every == 0:
             speed = args.total_batch_size / (time.perf_counter() - t0)  # tokens a second
-            eta = timedelta(seconds=(args.max_steps - step) * args.total_batch_size // speed)
-            figures = f"loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f}"
-            print0(f"step {step:5d} | {figures} | {speed:,.0f} tok/s | eta {eta}")
+            eta = timedelta(seconds=(args.max_steps - step - 1) * args.total_batch_size // speed)
+            line = f"step {step:5d} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f}"
+            print0(f"{line} | {speed:,.0f} tok/s | eta {eta}")
 
 
 # --------------------------------------------------------------------------------------------------
 # Set-up
 
 
-def micro_batch_size(args, n_params):
+def micro_batch_size(args, n_params, vocab_size):
     """Rows of a micro batch: the largest divisor of a rank's rows of a step up to --B or, if that is 0, up to
-    what fits into the GPU's memory (8 GB without one), at 10 bytes a parameter for a row of 1,024 tokens."""
+    an estimate of what fits into the GPU's free memory (without a GPU, 8 GB)."""
     memory = torch.cuda.mem_get_info()[0] if args.device == "cuda" else 8e9  # bytes that are free
-    fits = torch.tensor(args.B or max(1.0, memory / (10 * n_params * args.T / 1024)))
-    all_reduce(fits, dist.ReduceOp.MIN)  # the ranks' GPUs may differ
+    row = args.T * max(10 * n_params / 1024, 16 * vocab_size)  # bytes; in a small model most are the logits
+    fits = all_reduce(torch.tensor(args.B or max(1.0, memory / row)), dist.ReduceOp.MIN)  # GPUs may differ
     rows = args.total_batch_size // (args.T * WORLD_SIZE)
     return max(b for b in range(1, rows + 1) if b <= fits and rows % b == 0)
 
 
 def create_model(args, source, data):
-    """A new model, or `source`, the model to begin with. It grows if it has L layers and --n_layer is more:
-    layer j begins as layer floor(j * L / n_layer), the best way in the Gopher paper (section G.3.3)."""
+    """A new model, or a copy of `source` that may have more layers: with L before, layer j begins as layer
+    floor(j * L / n_layer), the best way in the Gopher paper (section G.3.3). Sets the shape in args."""
     if not source:  # vocab_size is rounded up to a multiple of 128, for fast kernels: 50,257 becomes 50,304
         shape = args.T, -(-data.n_vocab // 128) * 128, args.n_layer, args.n_head, args.n_embd
         return GPT(GPTConfig(*shape, args.dropout, data.tokenizer))
@@ -701,7 +701,7 @@ def main(argv=None):
     if WORLD_SIZE > 1:  # gloo for tensors on CPUs, NCCL for those on GPUs, which connect to each other here
         device = torch.device("cuda", LOCAL_RANK) if cuda else None
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device)
-    # fork_rng gives a caller of main() the state of the random numbers back as it was.
+    # fork_rng: main() leaves the random numbers of its caller as they were.
     with torch.random.fork_rng([LOCAL_RANK] if cuda else []), contextlib.ExitStack() as stack:
         torch.manual_seed(args.seed)
         source = latest and latest.pop("model")  # the model to begin with
@@ -713,15 +713,15 @@ def main(argv=None):
         model = create_model(args, source, data).to(args.device).train()
         del source
         n_params = sum(p.numel() for p in model.parameters())
-        args.B = micro_batch_size(args, n_params)
+        B = micro_batch_size(args, n_params, model.config.vocab_size)
         with warn_only("there will be no samples and no HellaSwag"):
             tokenizer = get_tokenizer(data.tokenizer)
         if args.hellaswag_every:
             items = hellaswag.load_items_on_all_ranks(tokenizer, model.config.block_size)
-        layout = args.B, args.T, RANK, WORLD_SIZE, min(data.n_vocab, model.config.vocab_size)
+        layout = B, args.T, RANK, WORLD_SIZE, min(data.n_vocab, model.config.vocab_size)
         loader = DataLoaderLite(data.train, *layout, args.seed, args.shuffle, data.eot, args.device)
         val_loader = DataLoaderLite(data.val, *layout, device=args.device)
-        args.shards = {Path(name).name: n for name, n in loader.sizes.items()}  # recorded, but no flag
+        args.tokenizer, args.shards = data.tokenizer, {Path(k).name: n for k, n in loader.sizes.items()}
         for name in FIXED:
             if latest and getattr(args, name) != (before := latest["args"].get(name)):
                 raise UserError(f"--resume: {name} was {before!s:.80}, and can't change within a run")
@@ -729,22 +729,22 @@ def main(argv=None):
         if args.max_steps > 0:  # --max_steps 0 looks at a model, and writes nothing
             if RANK == 0:
                 stack.enter_context(locked(args.log_dir))
-                open_log(args, latest, n_tokens)
+                prepare_log_dir(args, latest, n_tokens)
             stop = catch_signals(stack)
         print0(f"model: {args.init_from or args.model}, {n_params:,} parameters; log in {args.log_dir}")
         print0(f"data: {args.data}, {n_tokens:,} tokens in an epoch, {args.total_batch_size:,} in a step")
-        print0(f"device: {WORLD_SIZE} x {args.device}, {args.dtype}, {args.B} x {args.T} tokens at a time")
+        print0(f"device: {WORLD_SIZE} x {args.device}, {args.dtype}, {B} x {args.T} tokens at a time")
         try:
             train(args, model, loader, val_loader, tokenizer, items, latest, stop)
         except (MemoryError, torch.OutOfMemoryError):
-            raise UserError(f"out of memory with --B {args.B}: half of it gives the same curve") from None
+            raise UserError(f"out of memory with --B {B}: --B {B // 2 or 1} gives the same curve") from None
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.backends.cuda.matmul.allow_tf32 = True  # matrix products that stay float32 use TF32 units
-    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory, for faster steps on a CPU
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory: a tenth of a step on a CPU
         ctypes.CDLL("libc.so.6").mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
         ctypes.CDLL("libc.so.6").mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes that may lie free
     run(main)

@@ -39,8 +39,8 @@ def wrong_flags(capsys, *flags):
         ("--model gpt5", ["gpt5", "gpt2-medium"]),
         ("--data=", ["--data", "is empty"]),
         ("--prompt=", ["--prompt", "is empty"]),
-        ("--T 100 --total_batch_size 1050", ["--total_batch_size 1050", "T * ranks = 100"]),
-        ("--T 128 --total_batch_size 64", ["--total_batch_size 64", "T * ranks = 128"]),
+        ("--T 100 --total_batch_size 1050", ["--total_batch_size 1050", "T * ranks, 100"]),
+        ("--T 128 --total_batch_size 64", ["--total_batch_size 64", "T * ranks, 128"]),
         ("--max_lr 1e-5 --min_lr 1e-4", ["--min_lr 0.0001", "--max_lr 1e-05"]),
         ("--resume --init_from gpt2", ["--init_from", "not allowed with argument --resume"]),
     ],
@@ -162,7 +162,7 @@ def test_latest_pt_that_cannot_be_resumed(run):
     log_dir, resume = run
     good = (log_dir / "latest.pt").read_bytes()
     (log_dir / "latest.pt").unlink()
-    assert "latest.pt can't be read" in refused(*resume)
+    assert "latest.pt can't be read (No such file or directory): without it a run can't go on" in refused(*resume)
     shutil.copy(log_dir / "model_00002.pt", log_dir / "latest.pt")
     assert "latest.pt can't be read (KeyError: 'args'): a new run can begin with its weights" in refused(*resume)
     (log_dir / "latest.pt").write_bytes(good[: len(good) // 2])
@@ -199,10 +199,19 @@ def test_log_dir_that_cannot_be_made(shards, tmp_path):
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ") and "file" in line]
 
 
+def test_out_of_memory_names_half_of_the_micro_batch(shards, tmp_path, monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train_gpt2, "training_step", fail)
+    line = refused("--data", shards, *TINY, "--B", 8, "--max_steps", 1, "--log_dir", tmp_path / "log")
+    assert line == "out of memory with --B 8: --B 4 gives the same curve"
+
+
 @pytest.mark.slow
 def test_under_torchrun_one_rank_speaks(shards):
     for flags, line in (
-        (["--T", "24"], "train_gpt2.py: error: --total_batch_size 128 is no multiple of T * ranks = 48"),
+        (["--T", "24"], "train_gpt2.py: error: --total_batch_size 128 is no multiple of T * ranks, 48"),
         (["--n_head", "3"], "error: n_embd 16 is not divisible by n_head 3: change one"),
     ):
         done = train("--data", shards, *TINY, *flags, ranks=2)

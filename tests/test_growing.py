@@ -243,7 +243,7 @@ def test_sharded_state_before_the_first_step_is_none_at_all(monkeypatch):
     optimizers = model.configure_optimizers(1e-3, 0.1)
     states = train_gpt2.collect_state(model, optimizers, dict.fromkeys(model.parameters(), 0))
     assert list(states.values()) == [{}] * 16
-    train_gpt2.restore_state(model, optimizers, {}, states, "latest.pt")
+    train_gpt2.restore_state(model, optimizers, {}, {"optimizers": states}, "latest.pt")
     assert not optimizers[0].state
 
 

@@ -194,6 +194,15 @@ def test_signal_under_torchrun_and_resume_on_another_number_of_ranks(reference, 
         assert read_log(tmp_path / "stopped", stream) == pytest.approx(read_log(whole, stream), abs=1e-4)
 
 
+def test_the_last_model_is_written_after_a_stop_in_the_last_evaluation(shards, tmp_path):
+    flags = ["--data", shards, *RUN, "--log_dir", tmp_path / "log"]
+    with interrupt("validate", 4, signal.SIGINT):  # after those of steps 0, 5, 10, 15
+        main(*flags)
+    assert load(tmp_path / "log" / "latest.pt")["step"] == 20 and not (tmp_path / "log" / "model_00020.pt").exists()
+    main("--resume", "--log_dir", tmp_path / "log")
+    assert load(tmp_path / "log" / "model_00020.pt")["val_loss"] == pytest.approx(read_log(tmp_path / "log", "val")[20])
+
+
 def test_resume_remembers_the_flags_and_the_data(shards, tmp_path, monkeypatch, capsys):
     """Also where a directory of shards has appeared since, which a new run would take."""
     monkeypatch.chdir(tmp_path)
@@ -284,7 +293,8 @@ def test_presets_have_the_shapes_of_the_releases_and_the_rates_of_gpt3(shards, n
 def default_micro_batch(monkeypatch, memory, n_params=124e6, T=1024):
     """--B of a model on a GPU with so many bytes free."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(memory), 2**50))
-    return train_gpt2.micro_batch_size(SimpleNamespace(B=0, T=T, total_batch_size=2**19, device="cuda"), n_params)
+    args = SimpleNamespace(B=0, T=T, total_batch_size=2**19, device="cuda")
+    return train_gpt2.micro_batch_size(args, n_params, 50304)
 
 
 def test_the_default_micro_batch_is_what_fits_into_the_gpu(monkeypatch):
@@ -293,6 +303,7 @@ def test_the_default_micro_batch_is_what_fits_into_the_gpu(monkeypatch):
     for n_params, rows in table.items():
         assert [default_micro_batch(monkeypatch, gb * 1e9, n_params) for gb in (8, 12, 16, 24, 40, 80, 141)] == rows
     assert default_micro_batch(monkeypatch, 80e9, T=2048) == 32
+    assert default_micro_batch(monkeypatch, 8e9, n_params=1e6) == 8  # logits: 16 bytes for each of 1,024 x 50,304
 
 
 def test_the_ranks_agree_on_the_smallest_micro_batch(monkeypatch):
@@ -465,7 +476,7 @@ def test_tokens_a_second_and_time_left(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_gpt2.time, "perf_counter", lambda: now[0])
     main("--data", shards, *TINY, "--max_steps", 3, "--log_dir", tmp_path / "log")
     lines = [line.split(" | ")[-2:] for line in capsys.readouterr().out.splitlines() if "| loss" in line]
-    assert lines == [["64 tok/s", "eta 0:00:06"], ["64 tok/s", "eta 0:00:04"], ["64 tok/s", "eta 0:00:02"]]
+    assert lines == [["64 tok/s", "eta 0:00:04"], ["64 tok/s", "eta 0:00:02"], ["64 tok/s", "eta 0:00:00"]]
 
 
 @pytest.fixture
