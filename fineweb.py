@@ -1,5 +1,5 @@
-"""Tokens on disk: documents become shards, and shards are read again. Here are
-also the tokenizers, and the safe ways to read and write files, of all scripts.
+"""Tokens on disk: documents become shards, and shards are read again. Also here:
+the tokenizers of all scripts, and how they read and write files safely.
 
     python fineweb.py      # FineWeb-Edu sample-10BT into edu_fineweb10B/
     python fineweb.py --input 'docs/**/*.txt' --out DIR --shard_size 1000000
@@ -9,8 +9,8 @@ also the tokenizers, and the safe ways to read and write files, of all scripts.
 A document is the end-of-text token followed by the tokens of its text. All
 documents, in the order of their files, form one sequence, which is cut into
 shards of exactly --shard_size tokens; the last shard is shorter. Shard 0 is
-the validation split. After a stop, the same command reads the documents again,
-which is quick, and tokenizes from where the last shard ends.
+the validation split. After a stop, the same command reads the documents again
+without tokenizing them, and goes on where the last shard ends.
 """
 
 import argparse
@@ -66,15 +66,15 @@ def run(main):
         sys.exit(130)
     except (UserError, OSError) as e:
         # Most errors occur on all ranks. Rank 0 prints its own, and then torchrun ends those that wait here.
-        time.sleep(4 + RANK if RANK else 0)
+        time.sleep((4 + RANK) if RANK else 0)
         print("error:", " ".join(str(e).split()), file=sys.stderr, flush=True)
         sys.exit(2)
 
 
 @contextlib.contextmanager
 def complete_file(path):
-    """Open a binary file that gets the name `path` only when all of it is written: a crash leaves the file of
-    that name as it was. UserError if it can't be written."""
+    """Open a binary file. It is named `path` only when it is complete, so a crash leaves the old file as it
+    was. UserError if it can't be written."""
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as f:
@@ -95,8 +95,8 @@ def write_json(path, value):
 
 @contextlib.contextmanager
 def readable(path, mend):
-    """Every file from outside is read in this context. Whatever a missing, damaged or foreign file raises
-    becomes a UserError that names the file and ends with `mend`, what the person can do."""
+    """Every file from outside is read in this context. Whatever goes wrong within, with a file, a flag or a
+    download, becomes a UserError that names `path` and ends with `mend`, what the person can do."""
     try:
         if Path(path).is_char_device():
             raise ValueError("a device has no end")
@@ -112,8 +112,8 @@ def make_parser(description):
     """An ArgumentParser that shows the description as it is."""
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=description, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    if RANK > 0:  # an error begins with the usage: there, wait as in `run` until rank 0 has printed its own
-        parser.print_usage = lambda file: time.sleep(4 + RANK)
+    if RANK > 0:  # the usage is what argparse prints before an error
+        parser.print_usage = lambda file: time.sleep(4 + RANK)  # rank 0 prints its error first, as in `run`
     return parser
 
 
@@ -126,7 +126,7 @@ def nonempty(text):
 
 @contextlib.contextmanager
 def warn_only(what):
-    """Print a UserError or an OSError as a warning that ends with `what`, what happens now, and go on."""
+    """Print a UserError or an OSError as a warning, which ends with `what`, what happens now, and go on."""
     try:
         yield
     except (UserError, OSError) as e:
@@ -144,7 +144,7 @@ def locked(directory):
 
 
 # --------------------------------------------------------------------------------------------------
-# Tokenizers: a tiktoken.Encoding, or an object with those of its methods that are used here
+# Tokenizers: a tiktoken.Encoding, or an object with the same methods
 
 # Byte-level BPE writes a byte as one character: itself if it is visible in Latin-1, else one from 256 on.
 BYTE_OF = {chr(b): b for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
@@ -161,12 +161,14 @@ class HuggingFaceTokenizer:
             self.json = Path(self.name).read_bytes()  # the file, which fineweb.py copies beside the shards
             self.bpe = Tokenizer.from_buffer(self.json)
             self.bpe.encode_special_tokens = True  # what looks like a special token in a text is text
-            self.bpe.no_truncation()  # the file may say how one model wants its rows; a document is whole
+            self.bpe.no_truncation()  # a file may ask for rows of one length, but here a document stays whole
             self.bpe.no_padding()
             self.bpe.decoder = decoders.ByteLevel()  # some files have none
             ids = self.bpe.get_vocab()
             self.eot_token, self.n_vocab = ids["<|endoftext|>"], max(ids.values()) + 1
-            if not BYTE_OF.keys() <= ids.keys() or self.n_vocab > 2**16:
+            self.bpe.add_special_tokens(["<|endoftext|>"])  # also where the file does not call it special
+            lossy = self.decode(self.encode_ordinary("a B\n\xe9")).strip() != "a B\n\xe9"
+            if lossy or not BYTE_OF.keys() <= ids.keys() or self.n_vocab > 2**16:
                 raise ValueError("it is no byte-level BPE of up to 65,536 tokens")
 
     def encode_ordinary(self, text):
@@ -189,7 +191,7 @@ def get_tokenizer(name="gpt2"):
     Hugging Face tokenizer. UserError if it can't be had."""
     if name == "gpt2":
         with readable("GPT-2's tokenizer", "go online once, or set TIKTOKEN_CACHE_DIR to a folder with it"):
-            return tiktoken.Encoding(**openai_public.gpt2())  # as get_encoding does, but a new one each time
+            return tiktoken.Encoding(**openai_public.gpt2())  # get_encoding would return a shared one
     if name == "bytes":
         ranks, special = {bytes([b]): b for b in range(256)}, {"<|endoftext|>": 256}
         return tiktoken.Encoding("bytes", pat_str=r"\s?\S+|\s", mergeable_ranks=ranks, special_tokens=special)
@@ -197,8 +199,8 @@ def get_tokenizer(name="gpt2"):
 
 
 def save_tokenizer(tokenizer, directory, model_max_length):
-    """Write the files in which the hub has GPT-2's tokenizer: tokenizer.json for most tools, vocab.json and
-    merges.txt for others. model_max_length: the context of the model, in tokens."""
+    """Write a tokenizer as the files that the hub has for GPT-2: tokenizer.json for most tools, vocab.json
+    and merges.txt for others. model_max_length: the context of the model, in tokens."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         bpe, kind = tokenizer.bpe, "PreTrainedTokenizerFast"  # this class does what tokenizer.json says
     else:
@@ -211,14 +213,12 @@ def save_tokenizer(tokenizer, directory, model_max_length):
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
         bpe.add_special_tokens(["<|endoftext|>"])
-    directory = Path(directory)
-    bpe.save(str(directory / "tokenizer.json"))
+    bpe.save(f"{directory}/tokenizer.json")
     bpe.model.save(str(directory))  # vocab.json and merges.txt
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    write_json(directory / "special_tokens_map.json", special)
-    write_json(directory / "tokenizer_config.json", special | {
-        "tokenizer_class": kind,
-        "model_max_length": model_max_length,
+    write_json(f"{directory}/special_tokens_map.json", special)
+    write_json(f"{directory}/tokenizer_config.json", special | {
+        "tokenizer_class": kind, "model_max_length": model_max_length,
         "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add token_type_ids
     })  # fmt: skip
 
@@ -252,10 +252,10 @@ def load_text(path, tokenizer):
     """A UTF-8 text file, nine tenths of its characters to train, the last tenth to validate. It may hold
     several documents, with <|endoftext|> between them."""
     with readable(path, "give a text file in UTF-8, or a directory of shards"):
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8").replace("<|endoftext|>", "\udfff")  # which no text has
     cut, splits = len(text) * 9 // 10, []
     for name, part in ("train", text[:cut]), ("val", text[cut:]):
-        splits.append({f"{path} ({name} split)": encode_documents(tokenizer, part.split("<|endoftext|>"))})
+        splits.append({f"{path} ({name} split)": encode_documents(tokenizer, part.split("\udfff"))})
     return Data(*splits, tokenizer.name, tokenizer.n_vocab, tokenizer.eot_token)
 
 
@@ -295,8 +295,8 @@ def find_shards(directory):
         for path in (splits["train"] | splits["val"]).values():
             entry = meta["shards"].get(path.name)
             if entry is None or entry["tokens"] != len(open_shard(path)):
-                raise UserError(f"{path} is not the shard that {file} describes: make it again, or move it")
-        if not meta["complete"]:
+                raise UserError(f"{path} is not as in {file}: delete it, and call fineweb.py as before")
+        if not meta["complete"] or not all(Path(directory, name).exists() for name in meta["shards"]):
             print0(f"warning: {directory} is not complete: the same call of fineweb.py goes on with it")
         own = Path(directory, meta["tokenizer"])  # tokenizer.json is the copy of a tokenizer of Hugging Face
         tokenizer = str(own) if own.name == "tokenizer.json" else meta["tokenizer"]
@@ -306,22 +306,21 @@ def find_shards(directory):
 # --------------------------------------------------------------------------------------------------
 # Reading documents
 
-BATCH = 64  # documents that a thread tokenizes at a time; of web pages, about 10 ms of work
+BATCH = 64  # documents that one thread tokenizes at a time. 4 * workers batches of text are in memory
 
 
 def read_file(path, column):
-    """Yields (the fraction of the file that has been read by then, text) for each of its records."""
+    """Yields (the fraction of the file read so far, text) for each of its records. An empty text is none."""
     if path.endswith(".parquet"):
         file, number = pq.ParquetFile(path, memory_map=True), 0
         for batch in file.iter_batches(128, columns=[column]):
             for number, text in enumerate(batch[column].to_pylist(), number + 1):
-                yield number / file.metadata.num_rows, text
+                yield number / file.metadata.num_rows, text  # number goes on from batch to batch
     elif path.endswith(".jsonl"):
-        size = os.path.getsize(path)
         with open(path, "rb") as f:
             for number, line in enumerate(f, 1):
                 try:
-                    yield f.tell() / size, json.loads(line)[column] if line.strip() else None
+                    yield f.tell() / os.path.getsize(path), json.loads(line)[column] if line.strip() else None
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(f"line {number} is no JSON with {column!r}") from None
     else:
@@ -330,16 +329,16 @@ def read_file(path, column):
 
 
 def read_source(share, files, column):
-    """Yields (the fraction of all bytes that has been read by then, text) for each document that is taken.
+    """Yields (the fraction of all bytes read so far, text) for each document that is taken.
     share: of the documents that are taken, evenly from beginning to end. files: {path: bytes}."""
-    total, before, number = sum(files.values()), 0, 0  # bytes of all files, of those before; documents
+    total, before, number = sum(files.values()), 0, 0  # bytes of all, of the files before; documents so far
     for path, size in files.items():
-        with readable(path, "mend it or leave it out; --column says where .jsonl and .parquet have the text"):
+        with readable(path, "mend it, with a new --out; --column says where .jsonl and .parquet have text"):
             for fraction, text in read_file(path, column):
                 if not isinstance(text, str | None):
                     raise TypeError(f"{column!r} holds {type(text).__name__}, not text")
                 number += bool(text)
-                # Of the first n documents int(n * share) are taken, so this one is if that number has grown.
+                # int(n * share) of the first n documents are taken: this one, if it makes the number grow.
                 if text and int(number * share) > int((number - 1) * share):
                     yield (before + fraction * size) / total, text
         before += size
@@ -348,7 +347,7 @@ def read_source(share, files, column):
 def tokenize(documents, name, workers):
     """Yields (the fraction that has been read, tokens) for each BATCH of documents, in order. Threads work on
     the next 4 * workers batches meanwhile."""
-    tokenizer_of = functools.cache(lambda thread: get_tokenizer(name))  # threads that share one would wait
+    tokenizer_of = functools.cache(lambda thread: get_tokenizer(name))  # a shared one makes them wait
 
     def work(batch):
         texts = [text for _, text in batch]
@@ -395,12 +394,13 @@ def choose_sources(args):
         files = {path: size for pattern in args.input for path, size in find_files(pattern).items()}
         return {" ".join(args.input): (1.0, files)}
     with readable(FINEWEB_EDU, "go online, or give local files with --input"):
+        huggingface_hub.dataset_info(FINEWEB_EDU)  # fails offline, where the next line may find only some
         folder = huggingface_hub.snapshot_download(FINEWEB_EDU, repo_type="dataset", allow_patterns=SAMPLE)
         return {FINEWEB_EDU: (1.0, find_files(f"{folder}/{SAMPLE}"))}
 
 
 def open_meta(out, settings):
-    """The description of the shards in `out`, up to one that is missing, or else a new description."""
+    """The description of the shards in `out`, up to the first whose file is gone, or else a new one."""
     file = out / "meta.json"
     if not file.exists():
         if any(out.glob("*.npy")):
@@ -410,7 +410,7 @@ def open_meta(out, settings):
         meta = json.loads(file.read_text())
         numbers = [n for entry in meta["shards"].values() for n in (entry["tokens"], *entry["end"])]
         if not all(type(n) is int and n >= 0 for n in numbers) or len(numbers) != 3 * len(meta["shards"]):
-            raise ValueError("one of its numbers is missing or can't be")
+            raise ValueError("a number of tokens or an end is missing or wrong")
         for name, value in settings.items():
             if meta["shards"] and meta[name] != value:
                 raise UserError(f"{out} has {name} {meta[name]}, not {value}: give another --out")
@@ -421,7 +421,7 @@ def open_meta(out, settings):
 def write_shards(out, meta, sources, tokenizer, workers):
     """Tokenize the sources from where the last shard in `meta` ends, and write shards until their end."""
     shards, shard_size = meta["shards"], meta["shard_size"]
-    # The next token to go into a shard is number `used` of the documents from number `first` on.
+    # Go on at token number `used` of the batch of documents that begins with document number `first`.
     first, used = list(shards.values())[-1]["end"] if shards else (0, 0)
     pieces, size = [], 0  # tokens that are in no shard yet
 
@@ -444,12 +444,12 @@ def write_shards(out, meta, sources, tokenizer, workers):
             while size >= shard_size:
                 joined = np.concatenate(pieces)
                 pieces, size = [joined[shard_size:]], size - shard_size
-                finish(joined[:shard_size], (first, len(tokens) - size))
+                finish(joined[:shard_size], (first, len(tokens) - size))  # size of this batch's are left
             first, used = first + BATCH, 0
     if not shards or (size == 0 and len(shards) == 1):
-        raise UserError(f"{out} has no tokens to train on: give more documents, or a smaller --shard_size")
+        raise UserError(f"{out} has no tokens to train on: delete it, and give a smaller --shard_size")
     if size:
-        finish(np.concatenate(pieces), (first, 0))
+        finish(np.concatenate(pieces), (first, 0))  # nothing is left to read
     meta["complete"] = True
     write_json(out / "meta.json", meta)
 
@@ -476,7 +476,7 @@ def main(argv=None):
     tokenizer, sources, out = get_tokenizer(args.tokenizer), choose_sources(args), Path(args.out)
     tokenizer_json = getattr(tokenizer, "json", b"")  # of a tokenizer of Hugging Face
     files = [(Path(path).name, size) for _, files in sources.values() for path, size in files.items()]
-    # A run can go on only with the same settings, which include the names and sizes of its files.
+    # A run goes on only with the same settings: the same patterns, and files of the same names and sizes.
     settings = {
         "tokenizer": "tokenizer.json" if tokenizer_json else tokenizer.name, "vocab_size": tokenizer.n_vocab,
         "eot": tokenizer.eot_token, "shard_size": args.shard_size, "column": args.column,
@@ -486,13 +486,14 @@ def main(argv=None):
     with locked(out):
         meta = open_meta(out, settings)
         if not meta["complete"]:
-            print(f"{len(files)} files into {out}; after a stop the same command goes on from the last shard")
+            print0(f"{len(files)} files into {out}; after a stop the same command goes on from there")
+            write_json(out / "meta.json", meta)  # so that no shard is ever without a description
             if tokenizer_json:  # the shards bring their tokenizer with them
                 with complete_file(out / "tokenizer.json") as f:
                     f.write(tokenizer_json)
             write_shards(out, meta, sources, tokenizer, args.workers)
     tokens = sum(shard["tokens"] for shard in meta["shards"].values())
-    print(f"complete: {len(meta['shards'])} shards, {tokens:,} tokens in {out}")
+    print0(f"complete: {len(meta['shards'])} shards, {tokens:,} tokens in {out}")
 
 
 if __name__ == "__main__":

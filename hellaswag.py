@@ -13,7 +13,7 @@ the one with the lowest mean.
 
 Notable choices:
 - An item is four rows, context + ending, padded on the right, where causal
-  attention never looks. Rows of like length go together, and logits are
+  attention never looks. Rows of similar length go together, and logits are
   computed only where a token of an ending is predicted.
 - Contamination is the test of the GPT-3 paper (appendix C): an item is
   contaminated if 13 of its words in a row occur in the shards. The shards are
@@ -62,7 +62,7 @@ def load_items(path, tokenizer, block_size=2**20, limit=None):
     """[(context, endings, label)] from a file in the published format, one JSON object a line. context: list
     of tokens; endings: four of them, each with the space before it; label: index of the right one. The
     beginning of a context is dropped where a row would be longer than block_size."""
-    items, cut, mend = [], 0, "give a file in HellaSwag's format, or delete it to fetch it again"
+    items, cut, mend = [], 0, "give a file in HellaSwag's format, or delete a fetched one"
     with readable(path, mend):
         lines = Path(path).read_bytes().splitlines()[:limit]
     for number, line in enumerate(lines, 1):
@@ -70,7 +70,7 @@ def load_items(path, tokenizer, block_size=2**20, limit=None):
             item = json.loads(line)
             label, endings = int(item["label"]), item["endings"]
             if len(endings) != 4 or not 0 <= label < 4:
-                raise ValueError(f"label {label} of {len(endings)} endings, but there must be four")
+                raise ValueError(f"it has {len(endings)} endings and label {label}, not 4 and 0 to 3")
             context = tokenizer.encode_ordinary(item["ctx"]) or [tokenizer.eot_token]
             endings = [tokenizer.encode_ordinary(" " + ending)[: block_size - 1] for ending in endings]
             room = block_size - max(map(len, endings))
@@ -108,7 +108,7 @@ def evaluate(model, items, batch_size=None, rank=0, world_size=1, stop=(), progr
     model.eval()
     mine = range(rank, len(items), world_size)
     rows = [(i, k, items[i][0] + items[i][1][k], len(items[i][1][k])) for i in mine for k in range(4)]
-    rows.sort(key=lambda row: len(row[2]))  # rows of like length go together, so that little is padding
+    rows.sort(key=lambda row: len(row[2]))  # rows of similar length go together, so that little is padding
     sums, means = torch.zeros(2, len(items), 4)
     for first in tqdm(range(0, len(rows), batch_size), disable=not progress):
         if stop:
@@ -141,7 +141,7 @@ def accuracy(guesses, items):
 # Contamination
 
 N = 13  # words in a row
-CHUNK = 2**16  # tokens that are looked at together: what is computed from them fits into a processor's cache
+CHUNK = 2**16  # tokens that are searched at a time: they and their hashes fit into a processor's cache
 
 
 def word_codes(tokenizer):
@@ -169,14 +169,14 @@ def contamination(items, paths, tokenizer):
     """Sorted indices of the items of which 13 words in a row, in the context followed by the right ending,
     occur in the shards; of an item with fewer words, all of them. Threads share the shards, since numpy
     releases the interpreter lock."""
-    codes, owners = word_codes(tokenizer), {}  # owners: {n: {hash of n words: items that have them}}
+    codes, items_with = word_codes(tokenizer), {}  # items_with: {n: {hash of n words: indices of items}}
     for i, (context, endings, label) in enumerate(items):
         x = codes[context + endings[label]]
         x = x[x != 0]
         n = min(N, len(x))
         for h in ngram_hashes(x, n).tolist() if n else ():
-            owners.setdefault(n, {}).setdefault(h, set()).add(i)
-    wanted = {n: np.sort(np.array(list(hashes), dtype=np.uint64)) for n, hashes in owners.items()}
+            items_with.setdefault(n, {}).setdefault(h, set()).add(i)
+    wanted = {n: np.sort(np.array(list(hashes), dtype=np.uint64)) for n, hashes in items_with.items()}
     likely = np.zeros(2**24, dtype=bool)  # by a hash's upper 24 bits: excludes nearly all n-grams of a shard
     for hashes in wanted.values():
         likely[hashes >> np.uint64(40)] = True
@@ -193,7 +193,7 @@ def contamination(items, paths, tokenizer):
                 h = ngram_hashes(x, n)
                 h = np.sort(h[likely[h >> np.uint64(40)]])
                 nearest = hashes[np.searchsorted(hashes, h).clip(max=len(hashes) - 1)]
-                found.update(i for hit in h[h == nearest].tolist() for i in owners[n][hit])
+                found.update(i for hit in h[h == nearest].tolist() for i in items_with[n][hit])
         return found
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -212,13 +212,13 @@ def parse_args(argv):
     what.add_argument("--contamination", metavar="DIR", type=nonempty, help="shards to search for items")
     flag("-d", "--device", choices=("cpu", "cuda", "mps"), help="(cuda where there is one, else cpu)")
     flag("--dtype", choices=("float32", "bfloat16"), default="float32", help="(%(default)s)")
-    flag("--batch_size", type=int, help="rows at a time, which changes no guess (16 on cpu, else 128)")
+    flag("--batch_size", type=int, help="rows at a time (16 on cpu, else 128)")
     flag("--split", choices=("train", "val"), default="val", help="of the published files (%(default)s)")
     flag("--data", metavar="FILE", help="a .jsonl file in the published format instead")
     flag("--limit", type=int, help="only the first items (all)")
     flag("--tokenizer", metavar="NAME", help="gpt2, bytes, or a tokenizer.json (the model's)")
     flag("--out", default="hellaswag/contamination.json", help="what --contamination writes (%(default)s)")
-    flag("--clean", metavar="FILE", help="what --contamination wrote: judge clean and other items apart")
+    flag("--clean", metavar="FILE", help="what --contamination wrote: print clean and overlapping items too")
     args = parser.parse_args(argv)
     for name, value in ("batch_size", args.batch_size), ("limit", args.limit):
         if value is not None and value < 1:
@@ -241,14 +241,14 @@ def write_contamination(args):
 def main(argv=None):
     args = parse_args(argv)
     if args.contamination:
-        write_contamination(args)
-        return
+        return write_contamination(args)
 
     from train_gpt2 import GPT  # here, because train_gpt2.py imports this file
 
     path = args.data or download(args.split)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = GPT.from_pretrained(args.model).to(device)
+    with readable(f"{args.model} on {device}", "choose another --model or --device"):
+        model = GPT.from_pretrained(args.model).to(device)
     tokenizer = get_tokenizer(args.tokenizer or model.config.tokenizer)
     items = load_items(path, tokenizer, model.config.block_size, args.limit)
     parts = {}
@@ -256,7 +256,7 @@ def main(argv=None):
         with readable(args.clean, "make it again with --contamination"):
             record = json.loads(Path(args.clean).read_text())
             overlapping, data, n = set(record["overlapping"]), record["data"], record["items"]
-        if (data, n) != (Path(path).name, len(items)):
+        if (data, n) != (Path(path).name, len(items)) or not overlapping <= set(range(n)):
             raise UserError(f"--clean {args.clean} is about {n} items of {data}: give the same items")
         parts = {"clean": set(range(len(items))) - overlapping, "overlapping": overlapping}
     with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):

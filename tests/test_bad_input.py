@@ -121,7 +121,7 @@ def table():
     for mix in "x", "x:", "x:0", "x:-1", "x:nan", "x:2", "x:y", ":1", ":":
         row(f"--mix {mix}", "fineweb", lambda d, mix=mix: ["--mix", mix, "--out", d / "new", "--tokenizer", "bytes"], mix.rpartition(":")[0])
     for flags, word in (
-        ("-m=", "-m"), ("--data=", "--data"), ("--tokenizer=", "--tokenizer"), ("-d tpu", "tpu"), ("--clean=", "--clean"),
+        ("-m=", "-m"), ("--data=", "--data"), ("--tokenizer=", "--tokenizer"), ("-d tpu", "tpu"), ("-d mps", "latest.pt on mps"), ("--clean=", "--clean"),
         ("--contamination shards/s", "--contamination"), ("--data nowhere", "nowhere"), ("-m no.pt", "no.pt"), ("--dtype x", "--dtype"),
     ):  # fmt: skip
         row(flags, "hellaswag", lambda d, flags=flags: [*judge(d), *flags.split(" ")], word)

@@ -134,12 +134,12 @@ def test_one_shard_and_steps_longer_than_an_epoch(tmp_path):
 
 def test_text_file_splits_and_documents(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_text("abcdefgh<|endoftext|>ijklmnXYé")  # 30 characters: 27 to train, 3 to validate
+    path.write_text("abcdefgh<|endoftext|>ijklmnXYé")  # end of text counts as one of 18: 16 to train, 2 to validate
     data = load_text(path, get_tokenizer("bytes"))
     (train,), (val,) = data.train.values(), data.val.values()
     assert train.dtype == np.uint16
-    assert train.tolist() == [256, *b"abcdefgh", 256, *b"ijklmn"]
-    assert val.tolist() == [256, *"XYé".encode()]
+    assert train.tolist() == [256, *b"abcdefgh", 256, *b"ijklmnX"]
+    assert val.tolist() == [256, *"Yé".encode()]
     assert (data.tokenizer, data.n_vocab, data.eot) == ("bytes", 257, 256)
 
 

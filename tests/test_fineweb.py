@@ -300,7 +300,7 @@ def test_disk_full_keeps_what_is_complete(corpus, whole, tmp_path):
     done = start(*flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, SIZE)))
     line = error_line(done)
     assert "edufineweb_val_000000.npy" in line and "make room" in line
-    assert not contents(tmp_path / "out")
+    assert set(contents(tmp_path / "out")) == {"meta.json"}
     tokenize(*flags)
     assert contents(tmp_path / "out") == contents(whole)
 
@@ -554,9 +554,55 @@ def test_fineweb_edu_comes_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
+    assert "go online" in refused("--shard_size", 20_000)  # the cache may have only some of the files
+    monkeypatch.setattr("huggingface_hub.dataset_info", lambda name: None)
     tokenize("--shard_size", 20_000)
     assert read_documents(tmp_path / "edu_fineweb10B") == texts
     assert read_meta(tmp_path / "edu_fineweb10B")["shares"] == {"HuggingFaceFW/fineweb-edu": 1.0}
+
+
+def test_a_kill_before_the_first_shard_is_recorded_loses_nothing(corpus, whole, tmp_path, monkeypatch):
+    flags, write_json, calls = ("--input", corpus[0] / "*", "--out", tmp_path / "out", "--shard_size", SIZE), fineweb.write_json, []
+
+    def killed(path, value):
+        calls.append(path)
+        if len(calls) == 2:  # the first shard has its name already
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fineweb, "write_json", killed)
+        tokenize(*flags)
+    assert [path.name for path in (tmp_path / "out").glob("*.npy")] == ["edufineweb_val_000000.npy"]
+    tokenize(*flags)
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_shard_that_was_deleted_is_a_warning(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "out")
+    find_shards(tmp_path / "out")
+    assert "warning" not in capsys.readouterr().out
+    (tmp_path / "out" / "edufineweb_train_000003.npy").unlink()
+    find_shards(tmp_path / "out")
+    assert "is not complete: the same call of fineweb.py goes on with it" in capsys.readouterr().out
+
+
+def test_tokenizers_that_lose_text_are_refused(own, tmp_path):
+    """A BPE whose words are cut at white space, which it drops."""
+    bpe = Tokenizer.from_file(str(own))
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    bpe.save(str(tmp_path / "lossy.json"))
+    with pytest.raises(UserError, match="lossy.json can't be read .*no byte-level BPE"):
+        get_tokenizer(str(tmp_path / "lossy.json"))
+
+
+def test_end_of_text_in_a_text_is_text_also_if_the_file_does_not_call_it_special(own, tmp_path):
+    data = json.loads(own.read_text())
+    for token in data["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "plain.json").write_text(json.dumps(data))
+    tokenizer = get_tokenizer(str(tmp_path / "plain.json"))
+    assert tokenizer.eot_token not in tokenizer.encode_ordinary("a<|endoftext|>b")
 
 
 def test_the_hub_out_of_reach(tmp_path):
@@ -777,10 +823,10 @@ def test_shards_of_unknown_tokenizer_are_refused(whole, shards, tmp_path):
     """A file that meta.json does not list, and another script's shard under a name that it does."""
     shutil.copytree(whole, out := tmp_path / "mixed")
     stranger = shutil.copy(shards / "edufineweb_train_000001.npy", out / "edufineweb_train_000099.npy")
-    with pytest.raises(UserError, match=f"{stranger} is not the shard"):
+    with pytest.raises(UserError, match=f"{stranger} is not as in"):
         train_gpt2.main(["--data", str(out), *TINY, "--log_dir", str(tmp_path / "log")])
     stranger.replace(out / "edufineweb_train_000001.npy")
-    with pytest.raises(UserError, match="edufineweb_train_000001.npy is not the shard"):
+    with pytest.raises(UserError, match="edufineweb_train_000001.npy is not as in"):
         find_shards(out)
 def test_truncation_and_padding_in_a_tokenizer_json_do_not_change_documents(own, tmp_path):
     bpe = Tokenizer.from_file(str(own))

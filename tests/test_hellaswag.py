@@ -269,9 +269,9 @@ def test_sampling_from_a_checkpoint(play, tmp_path, monkeypatch, capsys):
         ('{"ctx": "a", "endi', "JSONDecodeError"),
         ('{"ctx": "a", "endings": ["a", "b", "c", "d"]}', "KeyError: 'label'"),
         ('{"endings": ["a", "b", "c", "d"], "label": 1}', "KeyError: 'ctx'"),
-        ('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": 4}', "ValueError: label 4"),
+        ('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": 4}', "ValueError: it has 4 endings and label 4"),
         ('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": ""}', "ValueError"),
-        ('{"ctx": "a", "endings": ["a", "b", "c"], "label": 1}', "ValueError: label 1 of 3 endings"),
+        ('{"ctx": "a", "endings": ["a", "b", "c"], "label": 1}', "ValueError: it has 3 endings and label 1"),
         ('["a"]', "TypeError"),
     ],
 )
