@@ -259,6 +259,18 @@ def test_weights_and_data_of_different_tokenizers_are_refused(corpora, tmp_path)
         main("--data", ROOT / "input.txt", *flags, "--tokenizer", "bytes")
 
 
+def test_a_resumed_run_does_not_take_the_shards_of_another_tokenizer(corpora, tmp_path):
+    """One token differs, and the end-of-text id does not: the shards have other sizes."""
+    bpe = (corpora / "bpe" / "tokenizer.json").read_text()
+    for name, text in ("same", bpe), ("other", bpe.replace('"    "', '"     "')):
+        (tmp_path / f"{name}.json").write_text(text)
+        fineweb.main(["--input", f"{corpora}/code.jsonl", "--tokenizer", str(tmp_path / f"{name}.json"),
+                      "--out", str(tmp_path / name), "--shard_size", "40000"])  # fmt: skip
+    main("--data", tmp_path / "same", *TINY, "--val_tokens", 640, "--max_steps", 1, "--log_dir", tmp_path / "log")
+    with pytest.raises(UserError, match="--resume: shards was"):
+        main("--resume", "--max_steps", 2, "--data", tmp_path / "other", "--log_dir", tmp_path / "log")
+
+
 def test_a_tokenizer_that_was_moved_is_given_by_the_flag_or_by_the_shards(corpora, tmp_path, capsys):
     """A checkpoint remembers where its tokenizer.json was."""
     file = tmp_path / "own.json"
