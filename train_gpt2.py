@@ -276,7 +276,7 @@ PRESETS = {
              "print_every": 20, "tokenizer": "bytes"},
 }  # fmt: skip
 SHAPE = ("n_layer", "n_head", "n_embd")
-FIXED = (*SHAPE, "T", "total_batch_size", "seed", "shuffle", "optimizer", "shards")  # not changed by --resume
+FIXED = ("model", *SHAPE, "T", "total_batch_size", "seed", "shuffle", "optimizer", "shards")  # in a run
 
 
 def build_parser():
@@ -339,7 +339,7 @@ def parse_args(argv=None):
         path = Path(args.log_dir, "latest.pt")
         latest = load_checkpoint(path, "without it a run can't go on: begin one in another --log_dir")
         with readable(path, "a new run can begin with its weights, by --init_from"):
-            parser.set_defaults(**latest["args"] | {"log_dir": args.log_dir, "init_from": str(path)})
+            parser.set_defaults(**latest["args"] | {"log_dir": args.log_dir})
             if latest["step"] not in range(10**7):  # it is no number of steps
                 raise ValueError(f"step {latest['step']}")
     else:
@@ -380,20 +380,19 @@ class DataLoaderLite:
     rows of the whole run are numbered, over all epochs. Of every world_size * B rows, rank r takes those from
     r * B to (r + 1) * B, so a step has the same rows for any B and number of ranks. With shuffle, each epoch
     has an order of shards, and each shard of documents, drawn from (seed, epoch, shard). A document begins
-    with eot. The tail of a shard that is shorter than a row is left out. UserError for a shard without a row,
-    or with a token that is not below n_vocab."""
+    with eot. The tail of a shard that is shorter than a row is left out. UserError for a token that is
+    not below n_vocab, and if there is no row."""
 
     def __init__(self, shards, B, T, rank=0, world_size=1, n_vocab=50257, seed=0, shuffle=False, eot=50256,
                  device="cpu"):  # fmt: skip
         self.shards, self.B, self.T, self.rank, self.world_size = list(shards.items()), B, T, rank, world_size
         self.n_vocab, self.seed, self.shuffle, self.eot, self.device = n_vocab, seed, shuffle, eot, device
         self.sizes = {name: len(open_shard(shard)) for name, shard in self.shards}  # in tokens
-        for name, n in self.sizes.items():
-            if n <= T:
-                raise UserError(f"{name} has {n} tokens, a row needs {T + 1}: lower --T or give more data")
-        self.shard_rows = [(n - 1) // T for n in self.sizes.values()]  # a shard's last token is only a target
+        self.shard_rows = [max(n - 1, 0) // T for n in self.sizes.values()]  # the last token is only a target
         self.rows_per_epoch = sum(self.shard_rows)
-        keep_one = functools.lru_cache(1)  # of each method: the next row nearly always needs the same result
+        if not self.rows_per_epoch:
+            raise UserError(f"{self.shards[0][0]}: no row of {T + 1} tokens: lower --T or give more data")
+        keep_one = functools.lru_cache(1)  # the next row nearly always needs the same order and shard
         self.order, self.read_shard = keep_one(self.order), keep_one(self.read_shard)
         self.seek(0)
 
@@ -470,7 +469,7 @@ def training_step(step, args, train_model, optimizers, owners, loader):
     grad_accum_steps = args.total_batch_size // (loader.B * args.T * WORLD_SIZE)
     total = torch.zeros((), device=args.device)
     for micro_step in range(grad_accum_steps):
-        if args.dropout:  # each micro batch has a seed of its own, so a resumed run has the same masks
+        if args.dropout:  # so, with the same B and ranks, a resumed run has the same masks
             torch.manual_seed(args.seed + loader.row)
         x, y = loader.next_batch()
         if WORLD_SIZE > 1:  # only the last backward averages gradients over ranks; forward prepares for it
@@ -498,7 +497,7 @@ def training_step(step, args, train_model, optimizers, owners, loader):
 def collect_state(model, optimizers, owners):
     """{parameter's name: its state, {"exp_avg": tensor, ...}} on rank 0, else {}. All ranks must call it."""
     states = {}
-    for name, p in model.named_parameters():
+    for name, p in model.named_parameters() if owners or RANK == 0 else ():
         state = [{key: t.cpu() for optimizer in optimizers for key, t in optimizer.state.get(p, {}).items()}]
         if owners:
             dist.broadcast_object_list(state, owners[p])  # in place: now all ranks have the owner's
@@ -601,7 +600,7 @@ def train(args, model, loader, val_loader, tokenizer, items, latest, stop):
     if args.zero and WORLD_SIZE > 1:  # by size, in turn: about equal shares, but the embedding is one tensor
         owners = {p: i % WORLD_SIZE for i, p in enumerate(sorted(model.parameters(), key=torch.numel))}
     if latest:
-        restore_state(model, optimizers, owners, latest, args.init_from)
+        restore_state(model, optimizers, owners, latest, Path(args.log_dir, "latest.pt"))
         loader.seek(start * args.total_batch_size // args.T)
     train_model = torch.compile(model) if args.compile else model  # the same weights
     if WORLD_SIZE > 1:
@@ -610,7 +609,7 @@ def train(args, model, loader, val_loader, tokenizer, items, latest, stop):
     def due(every):  # every so many steps, and after the last one; 0 means never. `step` is the loop's, below
         return every and (step % every == 0 or step == args.max_steps)
 
-    def save(*names):  # all ranks must call it
+    def save(*names):  # all ranks must call it. `val`, too, is the loop's, None if it was not measured
         weights = {"model": model.state_dict(), "config": asdict(model.config), "step": step, "val_loss": val}
         state = weights | {"optimizers": collect_state(model, optimizers, owners), "args": vars(args)}
         for name in names if RANK == 0 else ():
@@ -627,7 +626,7 @@ def train(args, model, loader, val_loader, tokenizer, items, latest, stop):
                 guesses = hellaswag.evaluate(model, items, rank=RANK, world_size=WORLD_SIZE, stop=stop)
             figures["hella"] = hellaswag.accuracy(guesses, items)[1]
         if all_reduce(torch.tensor(len(stop))):  # on the CPU, so that no GPU is waited for
-            val = None  # its evaluation may have ended early
+            val = None  # save() must not store it: the validation may have ended early
             save("latest.pt")
             return print0(f"stopped after {step} steps; --resume goes on")
         if figures:
@@ -675,15 +674,15 @@ def create_model(args, source, data):
     if not source:  # vocab_size is rounded up to a multiple of 128, for fast kernels: 50,257 becomes 50,304
         shape = args.T, -(-data.n_vocab // 128) * 128, args.n_layer, args.n_head, args.n_embd
         return GPT(GPTConfig(*shape, args.dropout, data.tokenizer))
-    has = source.config
+    has, origin = source.config, args.init_from or args.log_dir
     for name in SHAPE:
         old, new = getattr(has, name), getattr(args, name) or getattr(has, name)
         if new < old or (new > old and name != "n_layer"):  # a model grows in layers only
-            raise UserError(f"{args.init_from} has {name} {old}, not {new}: leave --{name} out")
+            raise UserError(f"{origin} has {name} {old}, not {new}: leave --{name} out")
         setattr(args, name, new)
     old, new = has.tokenizer, data.tokenizer
     if old != new and {old, new} & {"gpt2", "bytes"}:  # the same tokenizer.json may be at two paths
-        raise UserError(f"{args.init_from} has the tokenizer {old}, {args.data} has {new}: use data of {old}")
+        raise UserError(f"{origin} has the tokenizer {old}, {args.data} has {new}: use data of {old}")
     layers = [j * has.n_layer // args.n_layer for j in range(args.n_layer)]
     if args.n_layer > has.n_layer:
         print0(f"grown from {has.n_layer} to {args.n_layer} layers, which begin as {str(layers)[1:-1]}")

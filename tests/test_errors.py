@@ -143,6 +143,8 @@ def test_what_a_resumed_run_cannot_change(run, flag, value):
     assert f"{flag} was" in line or f"has {flag}" in line
     with pytest.raises(UserError, match="shuffle was True"):
         main(*resume, "--no-shuffle")
+    with pytest.raises(UserError, match="model was gpt2"):
+        main(*resume, "--model", "gpt2-xl")
     assert (log_dir / "log.txt").read_text() == before
 
 

@@ -561,6 +561,14 @@ def test_fineweb_edu_comes_from_the_hub(tmp_path, monkeypatch):
     assert read_meta(tmp_path / "edu_fineweb10B")["shares"] == {"HuggingFaceFW/fineweb-edu": 1.0}
 
 
+def test_an_empty_record_does_not_count_in_a_share(tmp_path):
+    """Half of four documents, the second and the fourth, with empty ones between them."""
+    texts = ["a" * 50, "", "b" * 50, "", "", "c" * 50, "d" * 50]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    tokenize("--mix", f"{tmp_path}/a.jsonl:0.5", "--out", tmp_path / "out", "--shard_size", 60)
+    assert read_documents(tmp_path / "out") == ["b" * 50, "d" * 50]
+
+
 def test_a_kill_before_the_first_shard_is_recorded_loses_nothing(corpus, whole, tmp_path, monkeypatch):
     flags, write_json, calls = ("--input", corpus[0] / "*", "--out", tmp_path / "out", "--shard_size", SIZE), fineweb.write_json, []
 

@@ -529,6 +529,10 @@ def test_clean_and_overlapping_items_are_judged_apart(overlapping, hf, items_fil
         assert f"acc_norm {sum(right[i] for i in part) / len(part):.4f} on {len(part)} items" in line
     with pytest.raises(UserError, match=f"about {N} items of items.jsonl"):
         hellaswag.main([*model, "--clean", "found/items.json", "--limit", "5"])
+    record = json.loads(Path("found/items.json").read_text())
+    Path("found/items.json").write_text(json.dumps(record | {"overlapping": [record["items"]]}))  # there is no such item
+    with pytest.raises(UserError, match="--clean found/items.json is about"):
+        hellaswag.main([*model, "--clean", "found/items.json"])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -326,6 +326,7 @@ def test_main_leaves_nothing_behind_in_the_process(shards, tmp_path, monkeypatch
     before = [signal.getsignal(number) for number in numbers], torch.get_float32_matmul_precision()
     flags = ["--data", shards, *TINY, "--max_steps", 2, "--dropout", 0.1, "--log_dir", tmp_path / "log"]
     main(*flags)
+    main("--resume", "--max_steps", 3, "--log_dir", tmp_path / "log")
     with pytest.raises(UserError):
         main(*flags, "--T", 1000, "--total_batch_size", 2000, "--val_tokens", 2000)
     assert torch.equal(torch.get_rng_state(), state)
