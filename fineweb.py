@@ -271,8 +271,8 @@ def open_shard(shard):
                 raise ValueError("its header is not that of a shard of llm.c with as many tokens")
         else:
             tokens = np.load(shard, mmap_mode="r")
-        if tokens.dtype != np.uint16 or tokens.ndim != 1:
-            raise ValueError(f"it is {tokens.ndim}-D {tokens.dtype}, and a shard is 1-D uint16")
+        if tokens.dtype != np.uint16 or tokens.ndim != 1 or tokens.size == 0:
+            raise ValueError(f"it is {tokens.ndim}-D {tokens.dtype} of {tokens.size}, and a shard is 1-D uint16")
     return np.asarray(tokens)
 
 
