@@ -272,7 +272,7 @@ def open_shard(shard):
         else:
             tokens = np.load(shard, mmap_mode="r")
         if tokens.dtype != np.uint16 or tokens.ndim != 1 or tokens.size == 0:
-            raise ValueError(f"it is {tokens.ndim}-D {tokens.dtype} of {tokens.size}, and a shard is 1-D uint16")
+            raise ValueError(f"it is {tokens.ndim}-D {tokens.dtype} of {tokens.size}; a shard is 1-D uint16")
     return np.asarray(tokens)
 
 
