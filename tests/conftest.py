@@ -19,35 +19,55 @@ sys.path.insert(0, str(ROOT))
 import train_gpt2
 from fineweb import UserError, get_tokenizer
 
-torch.set_num_threads(1)  # as in the processes that the tests start, so that results can be compared bit for bit
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background; what the tests start would ignore it too
+# As in the processes that the tests start, so that results can be compared bit for bit.
+torch.set_num_threads(1)
+# A shell's background job ignores SIGINT, and so would what the tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "16", "--T", "16", "--B", "2", "--total_batch_size", "128"]
-TINY += ["--device", "cpu", "--dtype", "float32", "--sample_every", "0", "--hellaswag_every", "0", "--warmup_steps", "2", "--max_lr", "1e-2"]
+TINY = "--n_layer 2 --n_head 2 --n_embd 16 --T 16 --B 2 --total_batch_size 128 --device cpu".split()
+TINY += "--dtype float32 --sample_every 0 --hellaswag_every 0 --warmup_steps 2 --max_lr 1e-2".split()
+# 20 steps of 8 rows: four epochs of 41.
+RUN = [*TINY, *"--max_steps 20 --val_every 5 --val_tokens 150".split()]
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than two seconds, most often because it starts a process")
+    slow = "slow: takes more than two seconds, most often because it starts a process"
+    config.addinivalue_line("markers", slow)
 
 
-def make_tokens(n, seed, eot=256, largest=60):
+def make_tokens(n, seed, eot=256):
     """n tokens as documents of 1 to 40 small ids, each led by eot; uint16."""
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, largest, n)
+    tokens = rng.integers(0, 60, n)
     tokens[np.cumsum(rng.integers(2, 42, n))[: n // 42]] = eot
     tokens[0] = eot
     return tokens.astype(np.uint16)
 
 
+SIZES = {"val_000000": 170, "train_000001": 325, "train_000002": 200, "train_000003": 150}
+
+
 def make_shards(directory, eot):
-    """Three training shards (20 + 12 + 9 rows of 16) and one of validation; returns {name: tokens}."""
+    """Three training shards (20 + 12 + 9 rows of 16) and one of validation."""
     directory.mkdir()
-    sizes = {"val_000000": 170, "train_000001": 325, "train_000002": 200, "train_000003": 150}
-    sizes = {f"edufineweb_{name}.npy": n for name, n in sizes.items()}
-    for seed, (name, n) in enumerate(sizes.items()):
-        np.save(directory / name, make_tokens(n, seed, eot))
-    return sizes
+    for seed, (name, n) in enumerate(SIZES.items()):
+        np.save(directory / f"edufineweb_{name}.npy", make_tokens(n, seed, eot))
+
+
+def make_shards_of_bytes(directory):
+    """The same with tokens of bytes, and with the meta.json that fineweb.py writes."""
+    make_shards(directory, 256)
+    entries = {f"edufineweb_{name}.npy": {"tokens": n, "end": [0, n]} for name, n in SIZES.items()}
+    meta = {"tokenizer": "bytes", "vocab_size": 257, "eot": 256, "complete": True, "shards": entries}
+    (directory / "meta.json").write_text(json.dumps(meta))
+
+
+def write_bin(path, tokens, magic=20240520, version=1, n=None):
+    """A shard as llm.c writes it: 256 int32 of header, then the tokens."""
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = magic, version, len(tokens) if n is None else n
+    path.write_bytes(header.tobytes() + tokens.tobytes())
 
 
 @pytest.fixture
@@ -59,14 +79,13 @@ def lecture_shards(tmp_path):
 
 @pytest.fixture
 def shards(tmp_path):
-    """A directory of shards of bytes, with the meta.json that fineweb.py writes: the small vocabulary is quick."""
-    entries = {name: {"tokens": n, "documents": 9, "bytes": n, "end": [0, n]} for name, n in make_shards(tmp_path / "shards", 256).items()}
-    meta = {"tokenizer": "bytes", "vocab_size": 257, "eot": 256, "complete": True, "shards": entries}
-    (tmp_path / "shards" / "meta.json").write_text(json.dumps(meta))
+    """A directory of shards of bytes, with the meta.json of fineweb.py. A small vocabulary is quick."""
+    make_shards_of_bytes(tmp_path / "shards")
     return tmp_path / "shards"
 
 
 def command(*flags, ranks=1):
+    """The command as a person would type it."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
@@ -77,24 +96,16 @@ def environment(**more):
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
 
 
-def train(*flags, ranks=1, env={}, cwd=ROOT, **options):
+def train(*flags, ranks=1, env={}, **options):
     """Run the script to its end; returns the CompletedProcess with stdout and stderr as text."""
-    return subprocess.run(
-        command(*flags, ranks=ranks), env=environment(**env), cwd=cwd, capture_output=True, text=True, timeout=300, **options
-    )
-
-
-def succeed(*flags, **options):
-    done = train(*flags, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    options |= {"env": environment(**env), "cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run(command(*flags, ranks=ranks), **options)
 
 
 def start(*flags, until, ranks=1):
     """Start the script and come back when it has printed a line with `until`."""
-    process = subprocess.Popen(
-        command(*flags, ranks=ranks), env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    options = {"env": environment(), "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command(*flags, ranks=ranks), **options)
     for line in process.stdout:
         if until in line:
             return process
@@ -111,13 +122,14 @@ class TwoRanks:
         self.directory.mkdir(exist_ok=True)
         for path in self.directory.iterdir():
             path.unlink()
-        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "tests" / "two_ranks.py"]
-        command = [sys.executable, "-m", *launcher, self.directory]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command = [*launcher, ROOT / "tests" / "two_ranks.py", self.directory]
         self.number, self.process = 0, subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
 
     def main(self, *flags, cwd=ROOT, stop=None):
-        """train_gpt2.main(flags) on two ranks; stop: the step, counted from 1, in which rank 1 gets a SIGTERM.
-        Returns what both print."""
+        """train_gpt2.main(flags) on two ranks. Returns what both print.
+
+        stop: the step, counted from 1, in which rank 1 gets a SIGTERM."""
         if not self.process or self.process.poll() is not None:
             self.launch()
         job = self.directory / f"job_{self.number}.json"
@@ -191,4 +203,6 @@ def has_bpe():
         return False
 
 
-needs_bpe = pytest.mark.skipif(not has_bpe(), reason="GPT-2's merges are neither in tiktoken's cache nor to be downloaded")
+needs_bpe = pytest.mark.skipif(
+    not has_bpe(), reason="GPT-2's merges are neither in tiktoken's cache nor to be downloaded"
+)

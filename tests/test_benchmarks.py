@@ -58,11 +58,13 @@ def test_the_ladder_goes_on_without_a_rung_that_fails_and_writes_what_it_measure
 
 
 def test_the_ladder_knows_the_flops_of_a_token_and_of_a_gpu():
-    """GPT-2 124M by hand: 6 for each of 123,689,472 weights (50,304 tokens), 12 * 12 layers * 768 * 1024 for attention."""
+    """GPT-2 124M by hand: 6 for each of 123,689,472 weights (50,304 tokens), and for attention
+    12 * 12 layers * 768 * 1024."""
     ladder = importlib.import_module("benchmarks.speed_ladder")
     assert ladder.flops_per_token(12, 768, 1024) == 6 * 123_689_472 + 113_246_208
-    for name, peak in ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A10G", 70e12), ("NVIDIA L4", 121e12):
-        assert next(flops for word, flops in ladder.PEAK_FLOPS.items() if word in name) == peak
+    peaks = {"H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A10G": 70e12, "L4": 121e12}
+    for name, peak in peaks.items():
+        assert next(flops for word, flops in ladder.PEAK_FLOPS.items() if word in f"NVIDIA {name}") == peak
 
 
 def test_a_process_that_fails_measures_nothing(monkeypatch, capsys):

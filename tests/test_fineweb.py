@@ -15,14 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, environment, make_tokens, needs_bpe
+from conftest import ROOT, environment, make_tokens, needs_bpe, write_bin
 from tiktoken.load import read_file_cached
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 import fineweb
-import train_gpt2
-from fineweb import UserError, find_shards, get_tokenizer, open_shard
+from fineweb import UserError, find_shards, get_tokenizer, load_text, open_shard
 
 SIZE = 120_000  # tokens of a shard
 EOT = 256  # end of text of the tokenizer "bytes", whose other ids are the values of the bytes
@@ -38,7 +37,7 @@ def make_texts(n, seed=0):
     return [f"{pool[start : start + rng.randint(0, 4000)]}#{i}" for i, start in enumerate(starts)]
 
 
-def write_parquet(path, texts, row_group_size=100):
+def write_parquet(path, texts, row_group_size):
     pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), path, row_group_size=row_group_size)
 
 
@@ -71,11 +70,12 @@ def refused(*flags):
 
 
 def command(*flags):
+    """The command as a person would type it."""
     return [sys.executable, str(ROOT / "fineweb.py"), "--tokenizer", "bytes", *map(str, flags)]
 
 
-def start(*flags, env={}, prefix=(), **options):
-    """Run the script as a person would, to its end."""
+def run(*flags, env={}, prefix=(), **options):
+    """Run the script to its end."""
     options |= {"env": environment(**env), "capture_output": True, "text": True, "timeout": 100}
     return subprocess.run([*prefix, *command(*flags)], **options)
 
@@ -190,23 +190,6 @@ def test_progress_goes_on_from_file_to_file(tmp_path):
     assert [fraction for fraction, _ in fineweb.read_source(1.0, files, "text")] == [0.1, 0.4, 1.0]
 
 
-def test_an_error_is_printed_in_one_line(capsys):
-    def fail():
-        raise UserError("a name with\na line break")
-
-    with pytest.raises(SystemExit) as e:
-        fineweb.run(fail)
-    assert e.value.code == 2 and capsys.readouterr().err == "error: a name with a line break\n"
-
-
-def test_main_can_be_called_again_in_one_process(tmp_path):
-    """Nothing is left over from a call."""
-    for i, n in enumerate((50, 70)):
-        write_jsonl(tmp_path / f"{i}.jsonl", texts := make_texts(n, seed=i))
-        tokenize("--input", tmp_path / f"{i}.jsonl", "--out", tmp_path / f"out{i}", "--shard_size", 5000)
-        assert read_documents(tmp_path / f"out{i}") == texts
-
-
 # --------------------------------------------------------------------------------------------------
 # Stops
 
@@ -248,7 +231,7 @@ def stop_after(whole, out, n):
 
 
 @pytest.mark.parametrize("n", [0, 1, 20])
-def test_a_kill_between_a_shard_and_its_entry(corpus, whole, tmp_path, n):
+def test_a_kill_between_a_shard_and_its_entry_loses_nothing(corpus, whole, tmp_path, n):
     """The shard is written before its entry; without an entry it is written again."""
     name, _ = stop_after(whole, out := tmp_path / "out", n)
     (out / name).write_bytes(b"as if another run had put it there")
@@ -263,7 +246,25 @@ def test_an_entry_without_its_shard_does_not_count(corpus, whole, tmp_path):
     assert contents(out) == contents(whole)
 
 
-def test_a_kill_after_the_last_shard(corpus, whole, tmp_path):
+def test_a_kill_before_the_first_shard_is_recorded_loses_nothing(corpus, whole, tmp_path, monkeypatch):
+    flags = "--input", corpus[0] / "*", "--out", tmp_path / "out", "--shard_size", SIZE
+    write_json, calls = fineweb.write_json, []
+
+    def killed(path, value):
+        calls.append(path)
+        if len(calls) == 2:  # the first shard has its name already
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fineweb, "write_json", killed)
+        tokenize(*flags)
+    assert [path.name for path in (tmp_path / "out").glob("*.npy")] == ["edufineweb_val_000000.npy"]
+    tokenize(*flags)
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_kill_after_the_last_shard_loses_nothing(corpus, whole, tmp_path):
     shutil.copytree(whole, out := tmp_path / "out")
     meta = read_meta(out) | {"complete": False}
     (out / "meta.json").write_text(json.dumps(meta))
@@ -273,12 +274,18 @@ def test_a_kill_after_the_last_shard(corpus, whole, tmp_path):
 
 def test_after_a_stop_the_documents_before_the_last_shard_are_left_out(corpus, whole, tmp_path, monkeypatch):
     stop_after(whole, out := tmp_path / "out", 20)
-    first, calls, encode = list(read_meta(out)["shards"].values())[-1]["end"][0], [], fineweb.encode_documents
-    monkeypatch.setattr(fineweb, "encode_documents", lambda *args: calls.append(args[1]) or encode(*args))
+    last = list(read_meta(out)["shards"].values())[-1]
+    first = last["end"][0]  # the first document of the batch in which the last shard ends
+    encode_documents, tokenized = fineweb.encode_documents, []
+
+    def counted(tokenizer, texts):
+        tokenized.extend(texts)
+        return encode_documents(tokenizer, texts)
+
+    monkeypatch.setattr(fineweb, "encode_documents", counted)
     tokenize("--input", corpus[0] / "*", "--out", out, "--shard_size", SIZE)
     assert contents(out) == contents(whole)
-    again = [text for texts in calls for text in texts]
-    assert first > 500 and sorted(again) == sorted(corpus[1][first:])
+    assert first > 500 and sorted(tokenized) == sorted(corpus[1][first:])
 
 
 def test_two_runs_never_write_to_one_directory(tmp_path):
@@ -294,10 +301,10 @@ def test_two_runs_never_write_to_one_directory(tmp_path):
         pass
 
 
-def test_disk_full_keeps_what_is_complete(corpus, whole, tmp_path):
+def test_a_full_disk_keeps_what_is_complete(corpus, whole, tmp_path):
     """A limit on the size of a file stands for the full disk: the write fails in the middle of a shard."""
     flags = "--input", corpus[0] / "*", "--out", tmp_path / "out", "--shard_size", SIZE
-    done = start(*flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, SIZE)))
+    done = run(*flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, SIZE)))
     line = error_line(done)
     assert "edufineweb_val_000000.npy" in line and "make room" in line
     assert set(contents(tmp_path / "out")) == {"meta.json"}
@@ -308,8 +315,13 @@ def test_disk_full_keeps_what_is_complete(corpus, whole, tmp_path):
 def test_a_file_gets_its_name_when_it_is_complete(tmp_path):
     path = tmp_path / "file"
     path.write_text("previous")
-    for error in KeyboardInterrupt, OSError, RuntimeError, ValueError:  # RuntimeError is torch.save's of a full disk
-        with pytest.raises(UserError if error in (OSError, RuntimeError) else error), fineweb.complete_file(path) as f:
+    for error, becomes in (
+        (KeyboardInterrupt, KeyboardInterrupt),
+        (ValueError, ValueError),
+        (OSError, UserError),
+        (RuntimeError, UserError),  # torch.save's of a full disk
+    ):
+        with pytest.raises(becomes), fineweb.complete_file(path) as f:
             f.write(b"a part")
             f.flush()
             assert path.read_text() == "previous"
@@ -373,16 +385,30 @@ def test_any_share_takes_that_part_of_the_documents(tmp_path):
         files = fineweb.find_files(str(tmp_path / "a.jsonl"))
         taken = [int(text) for _, text in fineweb.read_source(share, files, "text")]
         assert abs(len(taken) - 1000 * share) <= 1
-        assert np.all(np.abs(np.array(taken) - (np.arange(len(taken)) + 1) / share) <= 1 / share + 1)
+        expected = (np.arange(len(taken)) + 1) / share  # evenly
+        assert np.abs(taken - expected).max() <= 1 / share + 1
+
+
+def test_an_empty_record_does_not_count_in_a_share(tmp_path):
+    """Half of four documents, the second and the fourth, with empty ones between them."""
+    texts = ["a" * 50, "", "b" * 50, "", "", "c" * 50, "d" * 50]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    tokenize("--mix", f"{tmp_path}/a.jsonl:0.5", "--out", tmp_path / "out", "--shard_size", 60)
+    assert read_documents(tmp_path / "out") == ["b" * 50, "d" * 50]
 
 
 @pytest.mark.parametrize("mix", ["docs/*", "docs/*:much", "docs/*:0", "docs/*:1.5", "docs/*:nan", "nix/*:1"])
-def test_a_mixture_that_makes_no_sense(tmp_path, monkeypatch, mix):
+def test_a_wrong_pattern_or_share_in_a_mixture_is_named(tmp_path, monkeypatch, mix):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.txt").write_text("a" * 100)
     assert mix.split(":")[0] in refused("--mix", mix, "--out", "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pattern_twice_in_a_mixture_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 100)
+    assert "twice" in refused("--mix", *[f"{tmp_path}/a.txt:0.5"] * 2, "--out", tmp_path / "out")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -419,7 +445,7 @@ def text_of(tokenizer, tokens):
 def test_the_tokenizer_bytes_has_the_values_of_the_bytes():
     tokenizer, text = get_tokenizer("bytes"), "naïve 🦀\r\n<|endoftext|>  \0"
     assert tokenizer.encode_ordinary(text) == list(text.encode())
-    assert tokenizer.decode(list(text.encode())) == text
+    assert tokenizer.decode([*text.encode(), 256]) == f"{text}<|endoftext|>"
     assert (tokenizer.n_vocab, tokenizer.eot_token) == (257, 256)
 
 
@@ -444,6 +470,7 @@ def test_the_shards_of_gpt2_have_the_tokens_of_tiktoken(tmp_path):
     texts = [*make_texts(60, seed=2), "<|endoftext|>", "a" * 20_000, " " * 5000]
     write_parquet(tmp_path / "a.parquet", texts, 50)
     out, encode = tmp_path / "out", get_tokenizer().encode_ordinary
+    assert encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
     tokenize("--input", tmp_path / "a.parquet", "--out", out, "--shard_size", 10_000, "--tokenizer", "gpt2")
     tokens = np.concatenate([np.load(out / name) for name in read_meta(out)["shards"]])
     assert tokens.tolist() == [token for text in texts for token in (50256, *encode(text))]
@@ -480,13 +507,82 @@ def test_what_is_no_byte_level_bpe_is_refused(own, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_tokenizers_that_lose_text_are_refused(own, tmp_path):
+    """A BPE whose words are cut at white space, which it drops."""
+    bpe = Tokenizer.from_file(str(own))
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    bpe.save(str(tmp_path / "lossy.json"))
+    with pytest.raises(UserError, match="lossy.json can't be read .*no byte-level BPE"):
+        get_tokenizer(str(tmp_path / "lossy.json"))
+
+
+def test_end_of_text_in_a_text_is_text_also_if_the_file_does_not_call_it_special(own, tmp_path):
+    data = json.loads(own.read_text())
+    for token in data["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "plain.json").write_text(json.dumps(data))
+    tokenizer = get_tokenizer(str(tmp_path / "plain.json"))
+    assert tokenizer.eot_token not in tokenizer.encode_ordinary("a<|endoftext|>b")
+
+
+def test_truncation_and_padding_in_a_tokenizer_json_do_not_change_documents(own, tmp_path):
+    bpe = Tokenizer.from_file(str(own))
+    bpe.enable_truncation(5)
+    bpe.enable_padding(length=100_000)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    text = make_texts(2)[1]
+    tokens = get_tokenizer(str(tmp_path)).encode_ordinary(text)
+    assert tokens == get_tokenizer(str(own)).encode_ordinary(text) and len(tokens) > 8
+
+
+def test_what_a_tokenizer_json_adds_to_a_text_is_left_out(own, tmp_path):
+    """A post-processor that would put a token before and after each text."""
+    bpe, text = Tokenizer.from_file(str(own)), "rope tide"
+    ends = [("<|endoftext|>", bpe.token_to_id("<|endoftext|>"))]
+    template = "<|endoftext|> $A <|endoftext|>"
+    bpe.post_processor = processors.TemplateProcessing(single=template, special_tokens=ends)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    assert get_tokenizer(str(tmp_path)).encode_ordinary(text) == get_tokenizer(str(own)).encode_ordinary(text)
+
+
+def test_the_number_of_tokens_is_one_above_the_largest_id_and_at_most_65536(own, tmp_path):
+    data, path = json.loads(own.read_text()), tmp_path / "tokenizer.json"
+    for largest in 65_535, 65_536:
+        data["model"]["vocab"]["~"] = largest  # leaves a hole where it was
+        path.write_text(json.dumps(data))
+        if largest < 2**16:
+            assert get_tokenizer(str(path)).n_vocab == 65_536
+        else:
+            with pytest.raises(UserError, match="no byte-level BPE of up to 65,536 tokens"):
+                get_tokenizer(str(path))
+
+
+def test_a_tokenizer_json_without_a_decoder_decodes(own, tmp_path):
+    data = json.loads(own.read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data | {"decoder": None}))
+    tokenizer, text = get_tokenizer(str(tmp_path)), "rope tide, naïve 🦀"
+    assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+
+
+def test_the_tokenizer_may_lie_in_the_directory_of_the_shards(own, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", make_texts(20))
+    shutil.copytree(own.parent, out := tmp_path / "out")
+    os.utime(out / "tokenizer.json", (1, 1))
+    flags = "--input", tmp_path / "a.jsonl", "--out", out, "--shard_size", 500, "--tokenizer", out
+    tokenize(*flags)
+    before = contents(out)
+    tokenize(*flags)  # not refused as a changed file
+    assert contents(out) == before
+
+
 @pytest.mark.parametrize("tokenizer", KINDS, indirect=True)
 def test_transformers_gives_the_same_ids(tokenizer, tmp_path):
-    """`own` composes characters first (NFC), and GPT-2's tokenizer does not: transformers must do as it does."""
+    """Of these tokenizers only `own` composes characters first (NFC)."""
     fineweb.save_tokenizer(tokenizer, tmp_path, 64)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     code = (ROOT / "fineweb.py").read_text()
-    text = "".join(make_texts(20, seed=4)) + code + " nai\u0308ve 1234567 x'll  \u3000\r\n\n\t 東京🙂<|endoftext|> "
+    text = "".join(make_texts(20, seed=4)) + code
+    text += " nai\u0308ve 1234567 x'll  \u3000\r\n\n\t 東京🙂<|endoftext|> "
     ids = theirs(text)["input_ids"]
     parts = [tokenizer.encode_ordinary(part) for part in text.split("<|endoftext|>")]
     assert ids == [token for part in parts for token in (tokenizer.eot_token, *part)][1:]
@@ -497,12 +593,16 @@ def test_transformers_gives_the_same_ids(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("tokenizer", KINDS, indirect=True)
 def test_what_other_versions_of_transformers_read_of_a_tokenizer(tokenizer, tmp_path):
-    """4.57 knows no class TokenizersBackend, and would give the model token_type_ids, which it adds to the text."""
+    """Version 4.57 knows no class TokenizersBackend, and without model_input_names it would give the model
+    token_type_ids, whose embeddings GPT-2 adds to those of the text."""
     fineweb.save_tokenizer(tokenizer, tmp_path, 64)
     kind = "PreTrainedTokenizerFast" if tokenizer.n_vocab == 400 else "GPT2Tokenizer"
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    settings = {"tokenizer_class": kind, "model_max_length": 64, "model_input_names": ["input_ids", "attention_mask"]}
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == special | settings
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == special | {
+        "tokenizer_class": kind,
+        "model_max_length": 64,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
     assert json.loads((tmp_path / "special_tokens_map.json").read_text()) == special
     vocabulary = json.loads((tmp_path / "vocab.json").read_text())
     assert sorted(vocabulary.values()) == list(range(tokenizer.n_vocab))
@@ -515,7 +615,8 @@ def test_vocabulary_and_merges_of_gpt2_are_the_released_files(tmp_path):
     url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # in tiktoken's cache
     vocabulary = json.loads((tmp_path / "vocab.json").read_text())
     assert vocabulary == json.loads(read_file_cached(url + "encoder.json")) and len(vocabulary) == 50257
-    assert [vocabulary[word] for word in ("!", "Ġthe", "Hello", "Ġgazed", "<|endoftext|>")] == [0, 262, 15496, 50255, 50256]
+    known = {"!": 0, "Ġthe": 262, "Hello": 15496, "Ġgazed": 50255, "<|endoftext|>": 50256}
+    assert {word: vocabulary[word] for word in known} == known
     merges = (tmp_path / "merges.txt").read_text()
     assert merges == read_file_cached(url + "vocab.bpe").decode()
     version, *merges = merges.splitlines()
@@ -526,7 +627,7 @@ def test_vocabulary_and_merges_of_gpt2_are_the_released_files(tmp_path):
 def test_no_tokenizer_is_an_error_not_a_fallback(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     env = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "none"), "https_proxy": "http://127.0.0.1:9"}
-    done = start("--input", tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", "gpt2", env=env)
+    done = run("--input", tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", "gpt2", env=env)
     assert "TIKTOKEN_CACHE_DIR" in error_line(done) and not (tmp_path / "out").exists()
 
 
@@ -554,93 +655,17 @@ def test_fineweb_edu_comes_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    assert "go online" in refused("--shard_size", 20_000)  # the cache may have only some of the files
+    message = refused("--shard_size", 20_000)  # the cache may have only some of the files
+    assert "HuggingFaceFW/fineweb-edu can't be read" in message
+    assert "go online, or give local files with --input" in message
+    assert not (tmp_path / "edu_fineweb10B").exists()
     monkeypatch.setattr("huggingface_hub.dataset_info", lambda name: None)
     tokenize("--shard_size", 20_000)
     assert read_documents(tmp_path / "edu_fineweb10B") == texts
     assert read_meta(tmp_path / "edu_fineweb10B")["shares"] == {"HuggingFaceFW/fineweb-edu": 1.0}
 
 
-def test_an_empty_record_does_not_count_in_a_share(tmp_path):
-    """Half of four documents, the second and the fourth, with empty ones between them."""
-    texts = ["a" * 50, "", "b" * 50, "", "", "c" * 50, "d" * 50]
-    write_jsonl(tmp_path / "a.jsonl", texts)
-    tokenize("--mix", f"{tmp_path}/a.jsonl:0.5", "--out", tmp_path / "out", "--shard_size", 60)
-    assert read_documents(tmp_path / "out") == ["b" * 50, "d" * 50]
-
-
-def test_a_kill_before_the_first_shard_is_recorded_loses_nothing(corpus, whole, tmp_path, monkeypatch):
-    flags, write_json, calls = ("--input", corpus[0] / "*", "--out", tmp_path / "out", "--shard_size", SIZE), fineweb.write_json, []
-
-    def killed(path, value):
-        calls.append(path)
-        if len(calls) == 2:  # the first shard has its name already
-            raise KeyboardInterrupt
-        write_json(path, value)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(fineweb, "write_json", killed)
-        tokenize(*flags)
-    assert [path.name for path in (tmp_path / "out").glob("*.npy")] == ["edufineweb_val_000000.npy"]
-    tokenize(*flags)
-    assert contents(tmp_path / "out") == contents(whole)
-
-
-def test_a_shard_that_was_deleted_is_a_warning(whole, tmp_path, capsys):
-    shutil.copytree(whole, tmp_path / "out")
-    find_shards(tmp_path / "out")
-    assert "warning" not in capsys.readouterr().out
-    (tmp_path / "out" / "edufineweb_train_000003.npy").unlink()
-    find_shards(tmp_path / "out")
-    assert "is not complete: the same call of fineweb.py goes on with it" in capsys.readouterr().out
-
-
-def test_tokenizers_that_lose_text_are_refused(own, tmp_path):
-    """A BPE whose words are cut at white space, which it drops."""
-    bpe = Tokenizer.from_file(str(own))
-    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    bpe.save(str(tmp_path / "lossy.json"))
-    with pytest.raises(UserError, match="lossy.json can't be read .*no byte-level BPE"):
-        get_tokenizer(str(tmp_path / "lossy.json"))
-
-
-def test_end_of_text_in_a_text_is_text_also_if_the_file_does_not_call_it_special(own, tmp_path):
-    data = json.loads(own.read_text())
-    for token in data["added_tokens"]:
-        token["special"] = False
-    (tmp_path / "plain.json").write_text(json.dumps(data))
-    tokenizer = get_tokenizer(str(tmp_path / "plain.json"))
-    assert tokenizer.eot_token not in tokenizer.encode_ordinary("a<|endoftext|>b")
-
-
-def test_the_hub_out_of_reach(tmp_path):
-    line = error_line(start("--out", tmp_path / "out", env={"HF_HOME": str(tmp_path / "hf")}))
-    assert "HuggingFaceFW/fineweb-edu" in line and "--input" in line and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        ("--input a.txt --out out --shard_size 0", "--shard_size"),
-        ("--input a.txt --out out --workers 0", "--workers"),
-        ("--input a.txt --out out --workers two", "--workers"),
-        ("--input a.txt --mix a.txt:1 --out out", "--mix: not allowed with argument --input"),
-        ("--input a.txt --out out --shardsize 5", "--shardsize"),
-        ("--input a.txt --out out --shard 5", "--shard"),  # the flag by its full name only
-    ],
-)
-def test_wrong_flags_end_in_one_line_of_argparse(tmp_path, monkeypatch, capsys, flags, says):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(SystemExit) as e:
-        tokenize(*flags.split())
-    usage, line = capsys.readouterr().err.splitlines()
-    assert e.value.code == 2 and usage.endswith("[flags]")
-    assert ": error: " in line and says in line
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
-
-
-def test_files_that_do_not_exist_or_have_another_name(tmp_path, monkeypatch):
+def test_files_that_do_not_exist_or_have_another_suffix_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.md").write_text("text")
     assert "nothing*.parquet" in refused("--input", "nothing*.parquet", "--out", "out")
@@ -648,20 +673,20 @@ def test_files_that_do_not_exist_or_have_another_name(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_one_shard_would_all_be_validation(tmp_path):
+def test_a_single_shard_which_would_all_be_validation_is_refused(tmp_path):
     """The line and the exit status of the command, too."""
     (tmp_path / "a.txt").write_text("x" * 99)
-    line = error_line(start("--input", tmp_path / "a.txt", "--out", tmp_path / "out"))
+    line = error_line(run("--input", tmp_path / "a.txt", "--out", tmp_path / "out"))
     assert "no tokens to train on" in line and "--shard_size" in line
     assert not list(tmp_path.glob("out/*.npy"))
-    assert "no tokens to train on" in refused("--input", tmp_path / "a.txt", "--out", tmp_path / "exact", "--shard_size", 100)
+    flags = "--input", tmp_path / "a.txt", "--out", tmp_path / "exact", "--shard_size", 100
+    assert "no tokens to train on" in refused(*flags)
 
 
 @pytest.mark.parametrize(
     "name, content, says",
     [
         ("a.parquet", b"not parquet at all", "arquet"),
-        ("a.parquet", b"", "arquet"),
         ("a.jsonl", b'{"text": "fine"}\nnot json\n', "line 2"),
         ("a.jsonl", b'{"text": "\xff"}\n', "line 1"),
         ("a.jsonl", b"[1, 2]\n", "line 1"),
@@ -670,7 +695,7 @@ def test_one_shard_would_all_be_validation(tmp_path):
         ("a.txt", b"\xff\xfe\x00binary", "utf-8"),
     ],
 )
-def test_files_that_are_not_what_their_name_says(tmp_path, name, content, says):
+def test_files_that_are_not_what_their_suffix_says_are_named(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     message = refused("--input", tmp_path / name, "--out", tmp_path / "out")
     assert str(tmp_path / name) in message and says in message and "--column" in message
@@ -688,7 +713,7 @@ def test_a_damaged_page_of_a_parquet_file_is_an_error_that_names_it(tmp_path, co
     assert f"{path} can't be read" in refused("--input", path, "--out", tmp_path / "out", "--shard_size", 99)
 
 
-def test_no_such_column(tmp_path):
+def test_a_column_that_is_not_there_is_named(tmp_path):
     pq.write_table(pa.table({"body": ["x"], "id": [1]}), tmp_path / "a.parquet")
     flags = "--input", tmp_path / "a.parquet", "--out", tmp_path / "out"
     message = refused(*flags)
@@ -715,29 +740,25 @@ def test_files_that_changed_since_are_refused(tmp_path):
     tokenize(*flags)
     (tmp_path / "a.txt").write_text("x" * 101)
     assert "files_sha256" in refused(*flags)
-    (tmp_path / "out" / "meta.json").write_text('{"shards": ')
-    assert f"{tmp_path / 'out' / 'meta.json'} can't be read" in refused(*flags)
-    (tmp_path / "out" / "meta.json").unlink()
-    assert "no meta.json" in refused(*flags)
+
+
+def test_shards_without_a_meta_json_are_never_gone_on_with(lecture_shards):
+    before = contents(lecture_shards)
+    assert "no meta.json" in refused("--input", ROOT / "input.txt", "--out", lecture_shards)
+    assert contents(lecture_shards) == before
 
 
 @pytest.mark.slow
-def test_no_write_permission(tmp_path):
+def test_a_directory_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "out").mkdir(mode=0o555)
     # Root may write anywhere, but not in a process that gives that power up.
     prefix = () if os.geteuid() else ("setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override")
-    line = error_line(start("--input", tmp_path / "a.txt", "--out", tmp_path / "out", prefix=prefix))
+    line = error_line(run("--input", tmp_path / "a.txt", "--out", tmp_path / "out", prefix=prefix))
     assert str(tmp_path / "out") in line and "Permission denied" in line
     (tmp_path / "file").write_text("")
-    line = error_line(start("--input", tmp_path / "a.txt", "--out", tmp_path / "file" / "out"))
+    line = error_line(run("--input", tmp_path / "a.txt", "--out", tmp_path / "file" / "out"))
     assert str(tmp_path / "file") in line
-
-
-def test_help_lists_every_flag():
-    said = start("--help").stdout
-    for name in "input mix column out shard_size workers tokenizer".split():
-        assert f"--{name} " in said
 
 
 def test_fineweb_does_not_import_torch():
@@ -749,11 +770,16 @@ def test_fineweb_does_not_import_torch():
 # Reading shards
 
 
-def write_bin(path, tokens, magic=20240520, version=1, n=None):
-    """A shard as llm.c writes it."""
-    header = np.zeros(256, dtype=np.int32)
-    header[:3] = magic, version, len(tokens) if n is None else n
-    path.write_bytes(header.tobytes() + tokens.tobytes())
+def test_text_file_splits_and_documents(tmp_path):
+    path = tmp_path / "a.txt"
+    # End of text counts as one character of 18: 16 are to train, 2 to validate.
+    path.write_text("abcdefgh<|endoftext|>ijklmnXYé")
+    data = load_text(path, get_tokenizer("bytes"))
+    (train,), (val,) = data.train.values(), data.val.values()
+    assert train.dtype == np.uint16
+    assert train.tolist() == [256, *b"abcdefgh", 256, *b"ijklmnX"]
+    assert val.tolist() == [256, *"Yé".encode()]
+    assert (data.tokenizer, data.n_vocab, data.eot) == ("bytes", 257, 256)
 
 
 def test_shards_of_gpt2_need_no_meta_json(lecture_shards):
@@ -784,23 +810,22 @@ def test_shards_of_llm_c_are_read(tmp_path):
         assert tokens.dtype == np.uint16 and np.array_equal(tokens, make_tokens(100 + i, i))
 
 
-@pytest.mark.parametrize(
-    "fault", [{"magic": 20240801}, {"version": 7}, {"n": 99}, {"n": 101}, {"n": 0}, "short", "odd", "empty"]
-)
-def test_a_bin_file_that_is_no_whole_shard_of_llm_c_is_named(tmp_path, fault):
+@pytest.mark.parametrize("header", [{"magic": 20240801}, {"version": 7}, {"n": 99}, {"n": 101}])
+def test_a_bin_file_without_the_header_of_llm_c_is_named(tmp_path, header):
     path = tmp_path / "a_train_000001.bin"
-    write_bin(path, make_tokens(100, 1), **(fault if isinstance(fault, dict) else {}))
-    cut = {"short": 1000, "odd": -1, "empty": 0}.get(str(fault))
-    path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(UserError, match=f"{path} can't be read"):
+    write_bin(path, make_tokens(100, 1), **header)
+    with pytest.raises(UserError, match=f"{path} can't be read .*header is not that of a shard of llm.c"):
         open_shard(path)
 
 
-@pytest.mark.parametrize("array", [np.zeros(9, np.int32), np.zeros((3, 3), np.uint16), np.array(["a", None])])
-def test_an_array_of_another_kind_is_no_shard(tmp_path, array):
-    np.save(tmp_path / "a_train_000001.npy", array)
-    with pytest.raises(UserError, match="a_train_000001.npy can't be read"):
-        open_shard(tmp_path / "a_train_000001.npy")
+@pytest.mark.parametrize("cut", [0, 1000, -1])
+def test_a_bin_file_that_was_cut_off_is_named(tmp_path, cut):
+    """Nothing is left, or not all of the header, or half a token at the end."""
+    path = tmp_path / "a_train_000001.bin"
+    write_bin(path, make_tokens(100, 1))
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(UserError, match=f"{path} can't be read"):
+        open_shard(path)
 
 
 def test_a_directory_without_both_splits_is_refused(tmp_path):
@@ -815,76 +840,21 @@ def test_shards_that_are_not_complete_can_be_read_with_a_warning(whole, tmp_path
     assert len(data.train) == 4 and "not complete" in capsys.readouterr().out
 
 
-TINY = """--n_layer 2 --n_head 2 --n_embd 16 --T 16 --B 2 --total_batch_size 128 --device cpu
-          --hellaswag_every 0 --warmup_steps 2 --max_lr 1e-2 --max_steps 2""".split()
+def test_a_shard_that_was_deleted_is_a_warning(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "out")
+    find_shards(tmp_path / "out")
+    assert "warning" not in capsys.readouterr().out
+    (tmp_path / "out" / "edufineweb_train_000003.npy").unlink()
+    find_shards(tmp_path / "out")
+    assert "is not complete: the same call of fineweb.py goes on with it" in capsys.readouterr().out
 
 
-def test_training_picks_up_the_tokenizer(whole, tmp_path, capsys):
-    flags = "--val_every 1 --val_tokens 5000 --sample_every 2".split()
-    train_gpt2.main(["--data", str(whole), *TINY, *flags, "--log_dir", str(tmp_path)])
-    assert "sample 4" in capsys.readouterr().out  # with the tokenizer of meta.json: GPT-2's is not needed
-    lines = [line.split() for line in (tmp_path / "log.txt").read_text().splitlines()]
-    assert [step for step, stream, _ in lines if stream == "val"] == ["0", "1", "2"]
-
-
-def test_shards_of_unknown_tokenizer_are_refused(whole, shards, tmp_path):
+def test_shards_of_an_unknown_tokenizer_are_refused(whole, shards, tmp_path):
     """A file that meta.json does not list, and another script's shard under a name that it does."""
     shutil.copytree(whole, out := tmp_path / "mixed")
     stranger = shutil.copy(shards / "edufineweb_train_000001.npy", out / "edufineweb_train_000099.npy")
     with pytest.raises(UserError, match=f"{stranger} is not as in"):
-        train_gpt2.main(["--data", str(out), *TINY, "--log_dir", str(tmp_path / "log")])
+        find_shards(out)
     stranger.replace(out / "edufineweb_train_000001.npy")
     with pytest.raises(UserError, match="edufineweb_train_000001.npy is not as in"):
         find_shards(out)
-def test_truncation_and_padding_in_a_tokenizer_json_do_not_change_documents(own, tmp_path):
-    bpe = Tokenizer.from_file(str(own))
-    bpe.enable_truncation(5)
-    bpe.enable_padding(length=100_000)
-    bpe.save(str(tmp_path / "tokenizer.json"))
-    text = make_texts(2)[1]
-    tokens = get_tokenizer(str(tmp_path)).encode_ordinary(text)
-    assert tokens == get_tokenizer(str(own)).encode_ordinary(text) and len(tokens) > 8
-
-
-def test_what_a_tokenizer_json_adds_to_a_text_is_left_out(own, tmp_path):
-    """A post-processor that would put a token before and after each text."""
-    bpe, text = Tokenizer.from_file(str(own)), "rope tide"
-    ends = [("<|endoftext|>", bpe.token_to_id("<|endoftext|>"))]
-    bpe.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A <|endoftext|>", special_tokens=ends)
-    bpe.save(str(tmp_path / "tokenizer.json"))
-    assert get_tokenizer(str(tmp_path)).encode_ordinary(text) == get_tokenizer(str(own)).encode_ordinary(text)
-
-
-def test_the_number_of_tokens_is_one_above_the_largest_id_and_at_most_65536(own, tmp_path):
-    data, path = json.loads(own.read_text()), tmp_path / "tokenizer.json"
-    for largest in 65_535, 65_536:
-        data["model"]["vocab"]["~"] = largest  # leaves a hole where it was
-        path.write_text(json.dumps(data))
-        if largest < 2**16:
-            assert get_tokenizer(str(path)).n_vocab == 65_536
-        else:
-            with pytest.raises(UserError, match="no byte-level BPE of up to 65,536 tokens"):
-                get_tokenizer(str(path))
-
-
-def test_a_tokenizer_json_without_a_decoder_decodes(own, tmp_path):
-    data = json.loads(own.read_text())
-    (tmp_path / "tokenizer.json").write_text(json.dumps(data | {"decoder": None}))
-    tokenizer, text = get_tokenizer(str(tmp_path)), "rope tide, naïve 🦀"
-    assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
-
-
-def test_a_pattern_twice_in_a_mixture_is_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("a" * 100)
-    assert "twice" in refused("--mix", *[f"{tmp_path}/a.txt:0.5"] * 2, "--out", tmp_path / "out")
-
-
-def test_the_tokenizer_may_lie_in_the_directory_of_the_shards(own, tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", make_texts(20))
-    shutil.copytree(own.parent, out := tmp_path / "out")
-    os.utime(out / "tokenizer.json", (1, 1))
-    flags = "--input", tmp_path / "a.jsonl", "--out", out, "--shard_size", 500, "--tokenizer", out
-    tokenize(*flags)
-    before = contents(out)
-    tokenize(*flags)  # not refused as a changed file
-    assert contents(out) == before

@@ -10,11 +10,10 @@ import os
 import random
 import shutil
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, TINY, main, make_shards
+from conftest import ROOT, TINY, main, make_shards, make_shards_of_bytes, make_tokens, write_bin
 
 import fineweb
 import hellaswag
@@ -59,7 +58,8 @@ def read_export(path):
 
 
 def go_on(path):
-    tokenize("--input", path.parent.parent / "a.txt", "--tokenizer", "bytes", "--shard_size", 10, "--out", path.parent)
+    source = path.parent.parent / "a.txt"
+    tokenize("--input", source, "--tokenizer", "bytes", "--shard_size", 10, "--out", path.parent)
 
 
 def resume(path):
@@ -68,32 +68,34 @@ def resume(path):
 
 
 READ = {
-    "log/model_00002.pt": read_checkpoint, "log/latest.pt": resume, "log/log.txt": resume, "lecture/x_train_1.npy": read_shards,
-    "bin/x_train_1.bin": read_shards, "shards/meta.json": read_shards, "out/meta.json": go_on, "a.jsonl": read_documents,
-    "a.parquet": read_documents, "a.txt": read_documents, "hf/tokenizer.json": read_tokenizer, "items.jsonl": read_items,
-    "hf/config.json": read_export, "hf/model.safetensors": read_export,
-}  # fmt: skip
-CHECKSUMS = ["log/model_00002.pt"]  # only these files say of each byte whether it is right
+    "log/model_00002.pt": read_checkpoint,
+    "log/latest.pt": resume,
+    "log/log.txt": resume,
+    "lecture/edufineweb_train_000001.npy": read_shards,
+    "bin/x_train_1.bin": read_shards,
+    "shards/meta.json": read_shards,
+    "out/meta.json": go_on,
+    "a.jsonl": read_documents,
+    "a.parquet": read_documents,
+    "a.txt": read_documents,
+    "hf/tokenizer.json": read_tokenizer,
+    "items.jsonl": read_items,
+    "hf/config.json": read_export,
+    "hf/model.safetensors": read_export,
+}
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A directory with one file of each kind."""
     directory = tmp_path_factory.mktemp("files")
-    for name in "shards", "lecture":
-        sizes = make_shards(directory / name, 256)
-    meta = {"tokenizer": "bytes", "vocab_size": 257, "eot": 256, "complete": True}
-    meta["shards"] = {name: {"tokens": n, "documents": 9, "bytes": n, "end": [0, n]} for name, n in sizes.items()}
-    (directory / "shards" / "meta.json").write_text(json.dumps(meta))
-    for i, (path, tokens) in enumerate(find_shards(directory / "shards").train.items(), 1):
-        np.save(directory / "lecture" / f"x_train_{i}.npy", np.load(path))
+    make_shards_of_bytes(directory / "shards")
+    make_shards(directory / "lecture", 256)
     (directory / "bin").mkdir()
     for name in "train", "val":
-        header, tokens = np.zeros(256, np.int32), np.load(directory / "lecture" / "x_train_1.npy")
-        header[:3] = 20240520, 1, len(tokens)
-        (directory / "bin" / f"x_{name}_1.bin").write_bytes(header.tobytes() + tokens.tobytes())
-    flags = ["--data", directory / "shards", *TINY, "--max_steps", 2, "--val_every", 0, "--log_dir", directory / "log"]
-    main(*flags)
+        write_bin(directory / "bin" / f"x_{name}_1.bin", make_tokens(325, 1))
+    flags = ["--data", directory / "shards", *TINY, "--max_steps", 2, "--val_every", 0]
+    main(*flags, "--log_dir", directory / "log")
     GPT(GPTConfig(16, 257, 1, 2, 8, tokenizer="bytes")).save_pretrained(directory / "hf")
     lines = (ROOT / "input.txt").read_text()[:3000].splitlines()
     (directory / "a.txt").write_text("\n".join(lines))
@@ -101,7 +103,8 @@ def files(tmp_path_factory):
     pq.write_table(pa.table({"text": lines}), directory / "a.parquet")
     item = {"ctx": "The tide", "endings": ["goes out.", "sings.", "is.", "no"], "label": 1}
     (directory / "items.jsonl").write_text((json.dumps(item) + "\n") * 5)
-    tokenize("--input", directory / "a.txt", "--tokenizer", "bytes", "--shard_size", 10, "--out", directory / "out")
+    flags = ["--input", directory / "a.txt", "--tokenizer", "bytes", "--shard_size", 10]
+    tokenize(*flags, "--out", directory / "out")
     return directory
 
 
@@ -127,14 +130,15 @@ def damage(data, rng):
 @pytest.mark.parametrize("name", READ)
 def test_damaged_files_end_in_one_line_or_in_a_result(files, name):
     path, read, rng = files / name, READ[name], random.Random(name)
-    good, outcomes = path.read_bytes(), {"refused": 0, "read": 0}
-    expected = read(path)
+    good, expected = path.read_bytes(), read(path)
+    outcomes = {"refused": 0, "read": 0}  # printed for benchmarks/README.md: pytest -s shows it
     for _ in range(COUNT // len(READ) + 1):
         path.write_bytes(damaged := damage(good, rng))
         try:
             result = read(path)
             outcomes["read"] += 1
-            assert name not in CHECKSUMS or result == expected
+            if name == "log/model_00002.pt":  # it has a checksum of every byte
+                assert result == expected
         except UserError as e:
             outcomes["refused"] += 1
             assert "\n" not in str(e)

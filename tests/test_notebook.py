@@ -2,10 +2,8 @@
 
 import nbformat
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, main
 from nbclient import NotebookClient
-
-import train_gpt2
 
 PNG = b"\x89PNG"
 
@@ -17,7 +15,8 @@ def execute(directory, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(ROOT / "play.ipynb", as_version=4)
     training = next(cell for cell in notebook.cells if "--max_steps 150" in cell.source)
-    training.source = training.source.replace("--max_steps 150", "--max_steps 30 --total_batch_size 256")  # to be quick
+    quick = "--max_steps 30 --total_batch_size 256"
+    training.source = training.source.replace("--max_steps 150", quick)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(directory)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 11
@@ -26,7 +25,7 @@ def execute(directory, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow
-def test_without_a_log(tmp_path, monkeypatch):
+def test_the_notebook_runs_without_a_log(tmp_path, monkeypatch):
     said = execute(tmp_path, monkeypatch)
     assert "log_play/model_00030.pt: GPTConfig" in said and "HellaSwag was not evaluated" in said
     assert (tmp_path / "log_play" / "run.png").read_bytes().startswith(PNG)
@@ -34,10 +33,10 @@ def test_without_a_log(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow
-def test_with_the_lectures_log_and_another_run(shards, tmp_path, monkeypatch):
+def test_the_notebook_runs_with_the_lectures_log_and_another_run(shards, tmp_path, monkeypatch):
     """The lecture's script writes no config.json, and only the streams train, val and hella."""
-    flags = ["--data", shards, *TINY, "--max_steps", 30, "--val_every", 10, "--log_dir", tmp_path / "log_other"]
-    train_gpt2.main([str(flag) for flag in flags])
+    flags = ["--data", shards, *TINY, "--max_steps", 30, "--val_every", 10]
+    main(*flags, "--log_dir", tmp_path / "log_other")
     (tmp_path / "log").mkdir()
     with open(tmp_path / "log" / "log.txt", "w") as f:
         for step in range(60):
@@ -48,7 +47,7 @@ def test_with_the_lectures_log_and_another_run(shards, tmp_path, monkeypatch):
         assert (tmp_path / "log" / name).read_bytes().startswith(PNG)
 
 
-def test_committed_with_outputs_and_without_paths_of_a_machine():
+def test_the_notebook_is_committed_with_outputs_and_without_paths_of_a_machine():
     file = ROOT / "play.ipynb"
     assert file.stat().st_size <= 600_000
     cells = nbformat.read(file, as_version=4).cells

@@ -1,7 +1,8 @@
 """Started once by torchrun, on two ranks: calls train_gpt2.main() for each job that appears in a directory.
 
-A job is a file job_0.json, job_1.json, ... with the flags, the directory to work in, the step within which rank 1
-gets a SIGTERM, or null, and a port at which the ranks meet. The answer of rank 0 is job_0_rank0.txt, what it printed.
+A job is a file job_0.json, job_1.json, ... with the flags, the directory to work in, the step within which
+rank 1 gets a SIGTERM, or null, and a port at which the ranks meet. The answer of rank 0 is job_0_rank0.txt,
+what it printed.
 """
 
 import contextlib
