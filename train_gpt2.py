@@ -437,8 +437,8 @@ class DataLoaderLite:
 
 
 # --------------------------------------------------------------------------------------------------
-# One training step. With --zero, the optimizer's state is sharded over the ranks (ZeRO stage 1, Rajbhandari
-# et al. 2020): owners, {parameter: rank}, says which rank updates a tensor and keeps its moments. Else: {}.
+# One training step, and the state of the optimizers. With --zero it is sharded over the ranks: `owners` says
+# which rank has the state of a parameter, {parameter: rank}. Without --zero it is {}, and all ranks have all.
 
 
 def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
@@ -480,18 +480,23 @@ def training_step(step, args, train_model, optimizers, owners, loader):
         loss.backward()
         total += loss.detach()
     norm = nn.utils.clip_grad_norm_(train_model.parameters(), args.grad_clip or math.inf)
-    for p, owner in owners.items():
-        if owner != RANK:
-            p.grad = None  # the owner has the same gradient; an optimizer skips tensors without one
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        optimizer.zero_grad(set_to_none=WORLD_SIZE == 1)  # else .grad would no longer be DDP's buffer
     for p, owner in owners.items():
-        dist.broadcast(p.detach(), owner)  # every rank gets the tensor that its owner has updated
-    total = all_reduce(total) / WORLD_SIZE
-    return lr, *torch.stack((total, norm)).tolist()  # in one copy: only here is the GPU waited for
+        dist.broadcast(p.detach(), owner)  # every rank gets the parameter that its owner has updated
+    train_model.zero_grad(set_to_none=WORLD_SIZE == 1)  # with None, .grad would no longer be DDP's buffer
+    loss, norm = torch.stack((all_reduce(total) / WORLD_SIZE, norm)).tolist()  # the only wait for the GPU
+    return lr, loss, norm
+
+
+def shard_optimizers(model, optimizers):
+    """ZeRO stage 1 (Rajbhandari et al. 2020): a parameter stays in the optimizers of one rank, its owner."""
+    owners = {p: i % WORLD_SIZE for i, p in enumerate(sorted(model.parameters(), key=torch.numel))}
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["params"] = [p for p in group["params"] if owners[p] == RANK]
+    return owners
 
 
 def collect_state(model, optimizers, owners):
@@ -506,15 +511,15 @@ def collect_state(model, optimizers, owners):
     return states
 
 
-def restore_state(model, optimizers, owners, latest, path):
-    """Give the optimizers the state of a checkpoint, each rank that of its own parameters."""
+def restore_state(model, optimizers, latest, path):
+    """Give the optimizers the state of a checkpoint, of the parameters that they have on this rank."""
     with readable(path, "a new run can begin with its weights, by --init_from"):
         optimizer_of = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
         for name, p in model.named_parameters():
             state = latest["optimizers"].pop(name)  # empty if the run was stopped before its first step
             if any(t.dim() and t.shape != p.shape for t in state.values()):
                 raise ValueError(f"the optimizer state of {name} does not fit its shape {tuple(p.shape)}")
-            if state and owners.get(p, RANK) == RANK:
+            if state and p in optimizer_of:
                 optimizer_of[p].state[p] = {key: t.to(p) for key, t in state.items()}
 
 
@@ -595,12 +600,11 @@ def print_samples(model, tokenizer, args):
 
 def train(args, model, loader, val_loader, tokenizer, items, latest, stop):
     """Train from the step of `latest`, what latest.pt holds, else from step 0. A signal in `stop` ends it."""
-    start, owners = latest["step"] if latest else 0, {}
+    start = latest["step"] if latest else 0
     optimizers = model.configure_optimizers(args.max_lr, args.weight_decay, args.optimizer == "muon")
-    if args.zero and WORLD_SIZE > 1:  # by size, in turn: about equal shares, but the embedding is one tensor
-        owners = {p: i % WORLD_SIZE for i, p in enumerate(sorted(model.parameters(), key=torch.numel))}
+    owners = shard_optimizers(model, optimizers) if args.zero and WORLD_SIZE > 1 else {}
     if latest:
-        restore_state(model, optimizers, owners, latest, Path(args.log_dir, "latest.pt"))
+        restore_state(model, optimizers, latest, Path(args.log_dir, "latest.pt"))
         loader.seek(start * args.total_batch_size // args.T)
     train_model = torch.compile(model) if args.compile else model  # the same weights
     if WORLD_SIZE > 1:

@@ -114,7 +114,7 @@ def test_a_sharded_run_that_was_stopped_before_its_first_step_can_be_resumed(mon
     optimizers = model.configure_optimizers(1e-3, 0.1)
     states = train_gpt2.collect_state(model, optimizers, dict.fromkeys(model.parameters(), 0))
     assert list(states.values()) == [{}] * 16
-    train_gpt2.restore_state(model, optimizers, {}, {"optimizers": states}, "latest.pt")
+    train_gpt2.restore_state(model, optimizers, {"optimizers": states}, "latest.pt")
     assert not optimizers[0].state
 
 
