@@ -249,13 +249,12 @@ class Data(NamedTuple):
 
 
 def load_text(path, tokenizer):
-    """A UTF-8 text file, nine tenths of its characters to train, the last tenth to validate. It may hold
-    several documents, with <|endoftext|> between them."""
+    """A UTF-8 text file, its last tenth to validate. Documents in it have <|endoftext|> between them."""
     with readable(path, "give a text file in UTF-8, or a directory of shards"):
-        text = Path(path).read_text(encoding="utf-8").replace("<|endoftext|>", "\udfff")  # which no text has
-    cut, splits = len(text) * 9 // 10, []
-    for name, part in ("train", text[:cut]), ("val", text[cut:]):
-        splits.append({f"{path} ({name} split)": encode_documents(tokenizer, part.split("\udfff"))})
+        documents = Path(path).read_text(encoding="utf-8").split("<|endoftext|>")
+    tokens = encode_documents(tokenizer, documents)
+    cut = len(tokens) * 9 // 10
+    splits = {f"{path} (train split)": tokens[:cut]}, {f"{path} (val split)": tokens[cut:]}
     return Data(*splits, tokenizer.name, tokenizer.n_vocab, tokenizer.eot_token)
 
 

@@ -772,13 +772,12 @@ def test_fineweb_does_not_import_torch():
 
 def test_text_file_splits_and_documents(tmp_path):
     path = tmp_path / "a.txt"
-    # End of text counts as one character of 18: 16 are to train, 2 to validate.
-    path.write_text("abcdefgh<|endoftext|>ijklmnXYé")
+    path.write_text("abcdefgh<|endoftext|>ijklmnXYé")  # 20 tokens, since each document begins with one
     data = load_text(path, get_tokenizer("bytes"))
     (train,), (val,) = data.train.values(), data.val.values()
     assert train.dtype == np.uint16
-    assert train.tolist() == [256, *b"abcdefgh", 256, *b"ijklmnX"]
-    assert val.tolist() == [256, *"Yé".encode()]
+    assert train.tolist() == [256, *b"abcdefgh", 256, *b"ijklmnXY"]
+    assert val.tolist() == [*"é".encode()]
     assert (data.tokenizer, data.n_vocab, data.eot) == ("bytes", 257, 256)
 
 
