@@ -1,9 +1,9 @@
-"""Tokens on disk: documents become shards, and shards are read again. Also here:
-the tokenizers of all scripts, and how they read and write files safely.
+"""Turns documents into shards of tokens, and reads shards. Also here, for all
+scripts: the tokenizers, and safe reading and writing of files.
 
     python fineweb.py      # FineWeb-Edu sample-10BT into edu_fineweb10B/
     python fineweb.py --input 'docs/**/*.txt' --out DIR --shard_size 1000000
-    # a mixture: a quarter of the books, and all of the other documents
+    # a mixture: a quarter of the books, and all of the web pages
     python fineweb.py --mix 'books/*.jsonl:0.25' 'web/*.parquet:1' --out DIR
 
 A document is the end-of-text token followed by the tokens of its text. All
@@ -26,8 +26,8 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from glob import glob
-from itertools import islice, takewhile
+from glob import escape, glob
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +60,7 @@ def print0(*args, rank=0):
 
 def run(main):
     """Call `main()`. A UserError or an OSError is printed as one `error:` line, with exit status 2."""
+    sys.stdout.reconfigure(errors="replace")  # Windows' cp1252 has few of the characters of a sample
     try:
         main()
     except KeyboardInterrupt:
@@ -94,43 +95,43 @@ def write_json(path, value):
 
 
 @contextlib.contextmanager
-def readable(path, mend):
+def readable(what, mend):
     """Every file from outside is read in this context. Whatever goes wrong within, with a file, a flag or a
-    download, becomes a UserError that names `path` and ends with `mend`, what the person can do."""
+    download, becomes a UserError that begins with `what` and ends with `mend`, what the person can do."""
     try:
-        if Path(path).is_char_device():
+        if Path(what).is_char_device():  # such as /dev/zero
             raise ValueError("a device has no end")
         yield
     except UserError:
         raise
     except Exception as e:
         reason = getattr(e, "strerror", None) or f"{type(e).__name__}: {' '.join(str(e).split())}"[:200]
-        raise UserError(f"{path} can't be read ({reason}): {mend}") from None
+        raise UserError(f"{what} can't be read ({reason}): {mend}") from None
 
 
 def make_parser(description):
     """An ArgumentParser that shows the description as it is."""
+
+    def nonempty(text):  # an empty text is most often a shell variable that is not set
+        if not text:
+            raise argparse.ArgumentTypeError("it is empty: give it a value, or leave it out")
+        return text
+
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=description, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.register("type", None, nonempty)  # the type of every flag that names none
     if RANK > 0:  # the usage is what argparse prints before an error
         parser.print_usage = lambda file: time.sleep(4 + RANK)  # rank 0 prints its error first, as in `run`
     return parser
 
 
-def nonempty(text):
-    """The type of a flag with a text. An empty one is most often a shell variable that is not set."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty: give it a value, or leave it out")
-    return text
-
-
 @contextlib.contextmanager
-def warn_only(what):
-    """Print a UserError or an OSError as a warning, which ends with `what`, what happens now, and go on."""
+def warn_only(consequence):
+    """Print a UserError or an OSError as a warning, which ends with `consequence`, and go on."""
     try:
         yield
     except (UserError, OSError) as e:
-        print0(f"warning: {e}; {what}")
+        print0(f"warning: {e}; {consequence}")
 
 
 @contextlib.contextmanager
@@ -191,7 +192,7 @@ def get_tokenizer(name="gpt2"):
     Hugging Face tokenizer. UserError if it can't be had."""
     if name == "gpt2":
         with readable("GPT-2's tokenizer", "go online once, or set TIKTOKEN_CACHE_DIR to a folder with it"):
-            return tiktoken.Encoding(**openai_public.gpt2())  # get_encoding would return a shared one
+            return tiktoken.Encoding(**openai_public.gpt2())  # get_encoding returns one for all threads
     if name == "bytes":
         ranks, special = {bytes([b]): b for b in range(256)}, {"<|endoftext|>": 256}
         return tiktoken.Encoding("bytes", pat_str=r"\s?\S+|\s", mergeable_ranks=ranks, special_tokens=special)
@@ -215,9 +216,8 @@ def save_tokenizer(tokenizer, directory, model_max_length):
         bpe.add_special_tokens(["<|endoftext|>"])
     bpe.save(f"{directory}/tokenizer.json")
     bpe.model.save(str(directory))  # vocab.json and merges.txt
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    write_json(f"{directory}/special_tokens_map.json", special)
-    write_json(f"{directory}/tokenizer_config.json", special | {
+    write_json(f"{directory}/tokenizer_config.json", {
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
         "tokenizer_class": kind, "model_max_length": model_max_length,
         "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add token_type_ids
     })  # fmt: skip
@@ -225,7 +225,7 @@ def save_tokenizer(tokenizer, directory, model_max_length):
 
 def encode_documents(tokenizer, texts):
     """The tokens of all documents in a row, uint16 (n,). <|endoftext|> in a text is text like any other."""
-    pieces = [[]]
+    pieces = []
     for text in texts:
         # JSON may hold half of a surrogate pair, for which UTF-8 has no bytes: it becomes U+FFFD.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -279,7 +279,7 @@ def find_shards(directory):
     """The .npy and .bin files of a directory with the word "train" or "val" in their names. meta.json, which
     this script writes beside them, says what their tokens are; without it they are GPT-2's."""
     splits, file = {"train": {}, "val": {}}, Path(directory, "meta.json")
-    for path in sorted(Path(directory).glob("*")):  # none where there is no directory
+    for path in sorted(Path(directory).glob("[!.]*")):  # none where there is no directory
         word = re.search(r"(?<![a-z])(train|val)(?![a-z])", path.name)
         if word and path.suffix in (".npy", ".bin"):
             splits[word[1]][str(path)] = path
@@ -297,9 +297,9 @@ def find_shards(directory):
                 raise UserError(f"{path} is not as in {file}: delete it, and call fineweb.py as before")
         if not meta["complete"] or not all(Path(directory, name).exists() for name in meta["shards"]):
             print0(f"warning: {directory} is not complete: the same call of fineweb.py goes on with it")
-        own = Path(directory, meta["tokenizer"])  # tokenizer.json is the copy of a tokenizer of Hugging Face
-        tokenizer = str(own) if own.name == "tokenizer.json" else meta["tokenizer"]
-        return Data(*splits.values(), tokenizer, meta["vocab_size"], meta["eot"])
+        if meta["tokenizer"] == "tokenizer.json":  # the copy of a Hugging Face tokenizer, beside the shards
+            meta["tokenizer"] = str(Path(directory, "tokenizer.json"))
+        return Data(*splits.values(), meta["tokenizer"], meta["vocab_size"], meta["eot"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,12 +309,12 @@ BATCH = 64  # documents that one thread tokenizes at a time. 4 * workers batches
 
 
 def read_file(path, column):
-    """Yields (the fraction of the file read so far, text) for each of its records. An empty text is none."""
+    """Yields (the fraction of the file read so far, its text or None) for each record."""
     if path.endswith(".parquet"):
-        file, number = pq.ParquetFile(path, memory_map=True), 0
-        for batch in file.iter_batches(128, columns=[column]):
-            for number, text in enumerate(batch[column].to_pylist(), number + 1):
-                yield number / file.metadata.num_rows, text  # number goes on from batch to batch
+        file = pq.ParquetFile(path, memory_map=True)
+        columns = (batch[column].to_pylist() for batch in file.iter_batches(128, columns=[column]))
+        for number, text in enumerate(chain.from_iterable(columns), 1):
+            yield number / file.metadata.num_rows, text
     elif path.endswith(".jsonl"):
         with open(path, "rb") as f:
             for number, line in enumerate(f, 1):
@@ -328,8 +328,8 @@ def read_file(path, column):
 
 
 def read_source(share, files, column):
-    """Yields (the fraction of all bytes read so far, text) for each document that is taken.
-    share: of the documents that are taken, evenly from beginning to end. files: {path: bytes}."""
+    """Yields (the fraction of all bytes read so far, text) for each document that is taken. An empty text is
+    no document. share: of the documents that are taken, evenly over the files. files: {path: bytes}."""
     total, before, number = sum(files.values()), 0, 0  # bytes of all, of the files before; documents so far
     for path, size in files.items():
         with readable(path, "mend it, with a new --out; --column says where .jsonl and .parquet have text"):
@@ -382,11 +382,11 @@ def choose_sources(args):
     """{name: (share, files)}: one source for each pattern of --mix, or a single one of all files."""
     if args.mix:
         sources = {}
-        for word in args.mix:
-            pattern, _, share = word.rpartition(":")
-            with readable(f"--mix {word}", "write PATTERN:SHARE, none twice, a share above 0 and at most 1"):
+        for source in args.mix:
+            pattern, _, share = source.rpartition(":")
+            with readable(f"--mix {source}", "write PATTERN:SHARE, each once, a share above 0 and at most 1"):
                 if pattern in sources or not 0 < float(share) <= 1:
-                    raise ValueError(word)
+                    raise ValueError(source)
             sources[pattern] = float(share), find_files(pattern)
         return sources
     if args.input:
@@ -395,7 +395,7 @@ def choose_sources(args):
     with readable(FINEWEB_EDU, "go online, or give local files with --input"):
         huggingface_hub.dataset_info(FINEWEB_EDU)  # fails offline, where the next line may find only some
         folder = huggingface_hub.snapshot_download(FINEWEB_EDU, repo_type="dataset", allow_patterns=SAMPLE)
-        return {FINEWEB_EDU: (1.0, find_files(f"{folder}/{SAMPLE}"))}
+        return {FINEWEB_EDU: (1.0, find_files(f"{escape(folder)}/{SAMPLE}"))}
 
 
 def open_meta(out, settings):
@@ -407,12 +407,13 @@ def open_meta(out, settings):
         return settings | {"complete": False, "shards": {}}
     with readable(file, "give another --out"):
         meta = json.loads(file.read_text())
-        numbers = [n for entry in meta["shards"].values() for n in (entry["tokens"], *entry["end"])]
-        if not all(type(n) is int and n >= 0 for n in numbers) or len(numbers) != 3 * len(meta["shards"]):
-            raise ValueError("a number of tokens or an end is missing or wrong")
+        for name, entry in meta["shards"].items():
+            first, used = entry["end"]
+            if not all(type(n) is int and n >= 0 for n in (entry["tokens"], first, used)):
+                raise ValueError(f"the entry of {name} is damaged")
         for name, value in settings.items():
             if meta["shards"] and meta[name] != value:
-                raise UserError(f"{out} has {name} {meta[name]}, not {value}: give another --out")
+                raise UserError(f"{out} has {name} {meta[name]!s:.70}, not {value!s:.70}: give another --out")
         shards = dict(takewhile(lambda entry: (out / entry[0]).exists(), meta["shards"].items()))
         return settings | {"complete": meta["complete"] and shards == meta["shards"], "shards": shards}
 
@@ -420,7 +421,7 @@ def open_meta(out, settings):
 def write_shards(out, meta, sources, tokenizer, workers):
     """Tokenize the sources from where the last shard in `meta` ends, and write shards until their end."""
     shards, shard_size = meta["shards"], meta["shard_size"]
-    # Go on at token number `used` of the batch of documents that begins with document number `first`.
+    # The last shard ends `used` tokens after the beginning of document number `first`.
     first, used = list(shards.values())[-1]["end"] if shards else (0, 0)
     pieces, size = [], 0  # tokens that are in no shard yet
 
@@ -431,20 +432,21 @@ def write_shards(out, meta, sources, tokenizer, workers):
         shards[name] = {"tokens": len(tokens), "end": end}
         write_json(out / "meta.json", meta)
 
-    # The sources are merged by the fraction of each that has been read.
+    # Merged by the fraction of each source that has been read, the mixture is the same all along.
     streams = [read_source(share, files, meta["column"]) for share, files in sources.values()]
     documents = islice(heapq.merge(*streams, key=lambda item: item[0]), first, None)
     with tqdm(initial=len(shards) * shard_size, unit=" tokens", unit_scale=True) as bar:
         for fraction, tokens in tokenize(documents, tokenizer.name, workers):
             pieces.append(tokens[used:])
+            used = max(used - len(tokens), 0)
             size += len(pieces[-1])
             bar.update(len(pieces[-1]))
             bar.total = int(bar.n / fraction)  # an estimate
             while size >= shard_size:
                 joined = np.concatenate(pieces)
                 pieces, size = [joined[shard_size:]], size - shard_size
-                finish(joined[:shard_size], (first, len(tokens) - size))  # size of this batch's are left
-            first, used = first + BATCH, 0
+                finish(joined[:shard_size], (first, len(tokens) - size))  # the last `size` of them are left
+            first += BATCH
     if not shards or (size == 0 and len(shards) == 1):
         raise UserError(f"{out} has no tokens to train on: delete it, and give a smaller --shard_size")
     if size:
@@ -455,8 +457,7 @@ def write_shards(out, meta, sources, tokenizer, workers):
 
 def parse_args(argv):
     parser = make_parser(__doc__)
-    flag = functools.partial(parser.add_argument, type=nonempty)
-    source = functools.partial(parser.add_mutually_exclusive_group().add_argument, type=nonempty)
+    flag, source = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     source("--input", nargs="+", metavar="FILE", help=".parquet, .jsonl or .txt (a document); patterns too")
     source("--mix", nargs="+", metavar="PATTERN:SHARE", help="a share of the documents of each pattern")
     flag("--column", default="text", help="where .parquet and .jsonl have the text (%(default)s)")
@@ -474,18 +475,18 @@ def main(argv=None):
     args = parse_args(argv)
     tokenizer, sources, out = get_tokenizer(args.tokenizer), choose_sources(args), Path(args.out)
     tokenizer_json = getattr(tokenizer, "json", b"")  # of a tokenizer of Hugging Face
-    files = [(Path(path).name, size) for _, files in sources.values() for path, size in files.items()]
+    names = [(Path(path).name, size) for _, files in sources.values() for path, size in files.items()]
     # A run goes on only with the same settings: the same patterns, and files of the same names and sizes.
     settings = {
         "tokenizer": "tokenizer.json" if tokenizer_json else tokenizer.name, "vocab_size": tokenizer.n_vocab,
         "eot": tokenizer.eot_token, "shard_size": args.shard_size, "column": args.column,
         "shares": {name: share for name, (share, _) in sources.items()},
-        "files_sha256": hashlib.sha256(json.dumps(files).encode() + tokenizer_json).hexdigest(),
+        "files_sha256": hashlib.sha256(json.dumps(names).encode() + tokenizer_json).hexdigest(),
     }  # fmt: skip
     with locked(out):
         meta = open_meta(out, settings)
         if not meta["complete"]:
-            print0(f"{len(files)} files into {out}; after a stop the same command goes on from there")
+            print0(f"{len(names)} files into {out}; after a stop the same command goes on from there")
             write_json(out / "meta.json", meta)  # so that no shard is ever without a description
             if tokenizer_json:  # the shards bring their tokenizer with them
                 with complete_file(out / "tokenizer.json") as f:

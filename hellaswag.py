@@ -17,12 +17,11 @@ Notable choices:
   computed only where a token of an ending is predicted.
 - Contamination is the test of the GPT-3 paper (appendix C): an item is
   contaminated if 13 of its words in a row occur in the shards. The shards are
-  tokens, so a word is a token with a letter or digit. Case, punctuation and
-  white space are ignored. A word that is split into other tokens, as one in
-  capitals may be, is not found.
+  tokens, so a word is a token with a letter or digit. Case and punctuation of
+  ASCII, and white space, are ignored; other characters count as letters. A
+  word that is split into other tokens, as one in capitals may be, is not found.
 """
 
-import functools
 import json
 import os
 import re
@@ -36,8 +35,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from fineweb import RANK, UserError, complete_file, find_shards, get_tokenizer, make_parser, nonempty
-from fineweb import open_shard, readable, run, warn_only, write_json
+from fineweb import RANK, UserError, complete_file, find_shards, get_tokenizer, make_parser
+from fineweb import open_shard, print0, readable, run, warn_only, write_json
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{}.jsonl"
 
@@ -79,7 +78,7 @@ def load_items(path, tokenizer, block_size=2**20, limit=None):
     if not items:
         raise UserError(f"{path} is empty: delete it to fetch it again")
     if cut:
-        print(f"{cut} items of {path} are longer than {block_size} tokens: their contexts lose the beginning")
+        print0(f"{cut} items of {path} are longer than {block_size} tokens: their contexts are cut")
     return items
 
 
@@ -145,8 +144,8 @@ CHUNK = 2**16  # tokens that are searched at a time: they and their hashes fit i
 
 
 def word_codes(tokenizer):
-    """uint64 (n_vocab,): a random number for each token's letters and digits in lower case, 0 without any.
-    End of text is the word endoftext, so that nothing is found across two documents."""
+    """uint64 (n_vocab,): a random number for each word, a token's letters and digits in lower case, and 0 for
+    a token without any. End of text is the word endoftext, so that nothing is found across two documents."""
     tokens = map(tokenizer.decode_single_token_bytes, range(tokenizer.n_vocab))
     words = [re.sub(rb"[^0-9a-z\x80-\xff]", b"", token.lower()) for token in tokens]
     _, kind = np.unique(words, return_inverse=True)
@@ -167,8 +166,7 @@ def ngram_hashes(x, n):
 
 def contamination(items, paths, tokenizer):
     """Sorted indices of the items of which 13 words in a row, in the context followed by the right ending,
-    occur in the shards; of an item with fewer words, all of them. Threads share the shards, since numpy
-    releases the interpreter lock."""
+    occur in the shards. An item with fewer words must occur as a whole. Each thread scans a shard."""
     codes, items_with = word_codes(tokenizer), {}  # items_with: {n: {hash of n words: indices of items}}
     for i, (context, endings, label) in enumerate(items):
         x = codes[context + endings[label]]
@@ -176,10 +174,9 @@ def contamination(items, paths, tokenizer):
         n = min(N, len(x))
         for h in ngram_hashes(x, n).tolist() if n else ():
             items_with.setdefault(n, {}).setdefault(h, set()).add(i)
-    wanted = {n: np.sort(np.array(list(hashes), dtype=np.uint64)) for n, hashes in items_with.items()}
     likely = np.zeros(2**24, dtype=bool)  # by a hash's upper 24 bits: excludes nearly all n-grams of a shard
-    for hashes in wanted.values():
-        likely[hashes >> np.uint64(40)] = True
+    for wanted in items_with.values():
+        likely[np.array(list(wanted), dtype=np.uint64) >> np.uint64(40)] = True
 
     def scan(k):
         shard, found, x = open_shard(paths[k]), set(), codes[:0]
@@ -187,13 +184,12 @@ def contamination(items, paths, tokenizer):
         if k + 1 < len(paths):
             chunks.append(open_shard(paths[k + 1])[:1000])  # a document may go on in the next shard
         for chunk in chunks:
-            new = codes.take(chunk, mode="clip")  # "clip" leaves out the check of each token's range
+            new = codes.take(chunk, mode="clip")  # faster than to check that each token is in range
             x = np.concatenate((x[-(N - 1) :], new[new != 0]))
-            for n, hashes in wanted.items():
+            for n, wanted in items_with.items():
                 h = ngram_hashes(x, n)
-                h = np.sort(h[likely[h >> np.uint64(40)]])
-                nearest = hashes[np.searchsorted(hashes, h).clip(max=len(hashes) - 1)]
-                found.update(i for hit in h[h == nearest].tolist() for i in items_with[n][hit])
+                for hit in wanted.keys() & h[likely[h >> np.uint64(40)]].tolist():
+                    found |= wanted[hit]
         return found
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -206,10 +202,9 @@ def contamination(items, paths, tokenizer):
 
 def parse_args(argv):
     parser = make_parser(__doc__)
-    flag = functools.partial(parser.add_argument, type=nonempty)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("-m", "--model", type=nonempty, help="released name, Hugging Face directory or .pt")
-    what.add_argument("--contamination", metavar="DIR", type=nonempty, help="shards to search for items")
+    flag, task = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
+    task("-m", "--model", help="released name, Hugging Face directory or .pt")
+    task("--contamination", metavar="DIR", help="shards to search for items")
     flag("-d", "--device", choices=("cpu", "cuda", "mps"), help="(cuda where there is one, else cpu)")
     flag("--dtype", choices=("float32", "bfloat16"), default="float32", help="(%(default)s)")
     flag("--batch_size", type=int, help="rows at a time (16 on cpu, else 128)")
@@ -217,8 +212,8 @@ def parse_args(argv):
     flag("--data", metavar="FILE", help="a .jsonl file in the published format instead")
     flag("--limit", type=int, help="only the first items (all)")
     flag("--tokenizer", metavar="NAME", help="gpt2, bytes, or a tokenizer.json (the model's)")
-    flag("--out", default="hellaswag/contamination.json", help="what --contamination writes (%(default)s)")
-    flag("--clean", metavar="FILE", help="what --contamination wrote: print clean and overlapping items too")
+    flag("--out", default="hellaswag/contamination.json", help="result of --contamination (%(default)s)")
+    flag("--clean", metavar="FILE", help="such a result: also evaluate clean and overlapping items apart")
     args = parser.parse_args(argv)
     for name, value in ("batch_size", args.batch_size), ("limit", args.limit):
         if value is not None and value < 1:
@@ -231,11 +226,11 @@ def write_contamination(args):
     path = args.data or download(args.split)
     tokenizer = get_tokenizer(shards.tokenizer)
     items = load_items(path, tokenizer, limit=args.limit)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # an error now, not after the scan
     found = contamination(items, list(shards.train.values()), tokenizer)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     about = {"data": Path(path).name, "items": len(items), "shards": args.contamination}
     write_json(args.out, about | {"overlapping": found})
-    print(f"{len(found):,} of {len(items):,} items ({len(found) / len(items):.1%}) overlap: see {args.out}")
+    print0(f"{len(found):,} of {len(items):,} items ({len(found) / len(items):.1%}) overlap: see {args.out}")
 
 
 def main(argv=None):
@@ -250,20 +245,25 @@ def main(argv=None):
     with readable(f"{args.model} on {device}", "choose another --model or --device"):
         model = GPT.from_pretrained(args.model).to(device)
     tokenizer = get_tokenizer(args.tokenizer or model.config.tokenizer)
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise UserError(f"--tokenizer {tokenizer.name} has more tokens than {args.model}: leave it out")
     items = load_items(path, tokenizer, model.config.block_size, args.limit)
-    parts = {}
+    parts, everything = {}, set(range(len(items)))
     if args.clean:
         with readable(args.clean, "make it again with --contamination"):
             record = json.loads(Path(args.clean).read_text())
             overlapping, data, n = set(record["overlapping"]), record["data"], record["items"]
-        if (data, n) != (Path(path).name, len(items)) or not overlapping <= set(range(n)):
+        if (data, n) != (Path(path).name, len(items)) or not overlapping <= everything:
             raise UserError(f"--clean {args.clean} is about {n} items of {data}: give the same items")
-        parts = {"clean": set(range(len(items))) - overlapping, "overlapping": overlapping}
-    with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        guesses = evaluate(model, items, args.batch_size, progress=True)
+        parts = {"clean": everything - overlapping, "overlapping": overlapping}
+    try:
+        with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            guesses = evaluate(model, items, args.batch_size, progress=True)
+    except torch.OutOfMemoryError:
+        raise UserError(f"{device} is out of memory: give a smaller --batch_size") from None
     for name, part in {args.model: guesses.keys(), **parts}.items():
         acc, acc_norm = accuracy({i: guesses[i] for i in part}, items)
-        print(f"{name}: acc {acc:.4f} acc_norm {acc_norm:.4f} on {len(part):,} items")
+        print0(f"{name}: acc {acc:.4f} acc_norm {acc_norm:.4f} on {len(part):,} items")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 # complete_file replaces a file when all of it is written. print0 prints on rank 0, run prints a UserError.
 import hellaswag
 from fineweb import RANK, UserError, complete_file, find_shards, get_tokenizer, load_text, locked, make_parser
-from fineweb import nonempty, open_shard, print0, readable, run, save_tokenizer, warn_only, write_json
+from fineweb import open_shard, print0, readable, run, save_tokenizer, warn_only, write_json
 
 # torchrun sets these for each process, and RANK, its number among those of all nodes. Else there is one.
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # its number on this node; it uses the GPU of that number
@@ -249,8 +249,7 @@ def load_checkpoint(path, mend="give a checkpoint that training wrote"):
         config = config if isinstance(config, GPTConfig) else GPTConfig(**config)
         if config.n_layer not in range(1000):  # a damaged number would build layers until memory is full
             raise ValueError(f"its n_layer is {config.n_layer}")
-        with torch.random.fork_rng([]):  # the weights drawn here are replaced: put the random state back
-            model = GPT(config)
+        model = GPT(config)
         # torch.compile put this prefix before the names of the lecture's checkpoints.
         model.load_state_dict({name.removeprefix("_orig_mod."): w for name, w in weights.items()})
         return checkpoint | {"model": model.eval()}
@@ -283,7 +282,7 @@ def build_parser():
     parser = make_parser(__doc__)
 
     def flag(name, kind, default, help, parser=parser, **options):
-        kinds = {bool: {"action": argparse.BooleanOptionalAction}, str: {"type": nonempty}}
+        kinds = {bool: {"action": argparse.BooleanOptionalAction}, str: {}}
         options |= kinds.get(kind, {"type": kind, "metavar": "N" if kind is int else "X"})
         help += "" if default is None else f" ({default})"
         parser.add_argument(f"--{name}", default=default, help=help, **options)
@@ -345,8 +344,9 @@ def parse_args(argv=None):
     else:
         model = args.model or ("gpt2" if Path(args.data).is_dir() else "tiny")
         parser.set_defaults(model=model, **PRESETS[model])
-        if args.init_from:  # the weights bring their tokenizer, and their shape if no --model is typed
-            parser.set_defaults(tokenizer=None, **dict.fromkeys(() if args.model else SHAPE))
+        if args.init_from:  # the weights bring their tokenizer and, if no --model is typed, their shape
+            shape = {} if args.model else dict.fromkeys(SHAPE)
+            parser.set_defaults(tokenizer=None, **shape)
     args = parser.parse_args(argv)
 
     args.min_lr = args.max_lr / 10 if args.min_lr is None else args.min_lr
@@ -378,10 +378,9 @@ def parse_args(argv=None):
 class DataLoaderLite:
     """Batches of rows of T tokens from the shards of a split, {name: path, or the tokens themselves}. The
     rows of the whole run are numbered, over all epochs. Of every world_size * B rows, rank r takes those from
-    r * B to (r + 1) * B, so a step has the same rows for any B and number of ranks. With shuffle, each epoch
-    has an order of shards, and each shard of documents, drawn from (seed, epoch, shard). A document begins
-    with eot. The tail of a shard that is shorter than a row is left out. UserError for a token that is
-    not below n_vocab, and if there is no row."""
+    r * B to (r + 1) * B, so a step has the same rows for any B and number of ranks. With shuffle, shards and
+    the documents in them, which begin with eot, have another order in each epoch. The tail of a shard that
+    is shorter than a row is left out. UserError for a token >= n_vocab, and if there is no row."""
 
     def __init__(self, shards, B, T, rank=0, world_size=1, n_vocab=50257, seed=0, shuffle=False, eot=50256,
                  device="cpu"):  # fmt: skip
@@ -469,8 +468,7 @@ def training_step(step, args, train_model, optimizers, owners, loader):
     grad_accum_steps = args.total_batch_size // (loader.B * args.T * WORLD_SIZE)
     total = torch.zeros((), device=args.device)
     for micro_step in range(grad_accum_steps):
-        if args.dropout:  # so, with the same B and ranks, a resumed run has the same masks
-            torch.manual_seed(args.seed + loader.row)
+        torch.manual_seed(args.seed + loader.row)  # of dropout, so that a resumed run has the same masks
         x, y = loader.next_batch()
         if WORLD_SIZE > 1:  # only the last backward averages gradients over ranks; forward prepares for it
             train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
@@ -610,10 +608,10 @@ def train(args, model, loader, val_loader, tokenizer, items, latest, stop):
     if WORLD_SIZE > 1:
         train_model = DDP(train_model, gradient_as_bucket_view=True)  # .grad is the buffer that is sent
 
-    def due(every):  # every so many steps, and after the last one; 0 means never. `step` is the loop's, below
+    def due(step, every):  # every so many steps, and after the last one; 0 means never
         return every and (step % every == 0 or step == args.max_steps)
 
-    def save(*names):  # all ranks must call it. `val`, too, is the loop's, None if it was not measured
+    def save(step, val, *names):  # all ranks must call it
         weights = {"model": model.state_dict(), "config": asdict(model.config), "step": step, "val_loss": val}
         state = weights | {"optimizers": collect_state(model, optimizers, owners), "args": vars(args)}
         for name in names if RANK == 0 else ():
@@ -622,26 +620,25 @@ def train(args, model, loader, val_loader, tokenizer, items, latest, stop):
 
     for step in range(start, args.max_steps + 1):
         # Evaluate, sample and save the model after `step` steps.
-        figures, val, last = {}, None, step == args.max_steps
-        if due(args.val_every):
-            figures["val"] = val = validate(model, val_loader, args, stop)
-        if items and due(args.hellaswag_every):
+        figures, last = {}, step == args.max_steps
+        if due(step, args.val_every):
+            figures["val"] = validate(model, val_loader, args, stop)
+        if items and due(step, args.hellaswag_every):
             with autocast(args):
                 guesses = hellaswag.evaluate(model, items, rank=RANK, world_size=WORLD_SIZE, stop=stop)
             figures["hella"] = hellaswag.accuracy(guesses, items)[1]
         if all_reduce(torch.tensor(len(stop))):  # on the CPU, so that no GPU is waited for
-            val = None  # save() must not store it: the validation may have ended early
-            save("latest.pt")
+            save(step, None, "latest.pt")  # no val: the validation may have ended early
             return print0(f"stopped after {step} steps; --resume goes on")
         if figures:
             print0(f"step {step:5d}", *(f"| {name} {value:.4f}" for name, value in figures.items()))
             log(args, step, **figures)
-        if tokenizer and due(args.sample_every) and (step > 0 or last):
+        if tokenizer and due(step, args.sample_every) and (step > 0 or last):
             print_samples(model, tokenizer, args)
-        if due(args.checkpoint_every) and step > 0:
+        if due(step, args.checkpoint_every) and step > 0:
             # A full disk must not end training, but a last checkpoint that can't be written is an error.
             with contextlib.nullcontext() if last else warn_only("training goes on without it"):
-                save(f"model_{step:05d}.pt", "latest.pt")
+                save(step, figures.get("val"), f"model_{step:05d}.pt", "latest.pt")
         if last:
             return
 
@@ -649,9 +646,9 @@ def train(args, model, loader, val_loader, tokenizer, items, latest, stop):
         t0 = time.perf_counter()
         lr, loss, norm = training_step(step, args, train_model, optimizers, owners, loader)
         if not math.isfinite(loss + norm):
-            raise UserError(f"step {step}: loss {loss}, norm {norm}: lower --max_lr, and begin anew")
+            raise UserError(f"step {step}: loss {loss}, norm {norm}: lower --max_lr, anew or with --resume")
         log(args, step, train=loss, lr=lr, norm=norm)
-        if args.print_every and step % args.print_every == 0:
+        if due(step, args.print_every):
             speed = args.total_batch_size / (time.perf_counter() - t0)  # tokens a second
             eta = timedelta(seconds=(args.max_steps - step - 1) * args.total_batch_size // speed)
             line = f"step {step:5d} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f}"
@@ -678,20 +675,20 @@ def create_model(args, source, data):
     if not source:  # vocab_size is rounded up to a multiple of 128, for fast kernels: 50,257 becomes 50,304
         shape = args.T, -(-data.n_vocab // 128) * 128, args.n_layer, args.n_head, args.n_embd
         return GPT(GPTConfig(*shape, args.dropout, data.tokenizer))
-    has, origin = source.config, args.init_from or args.log_dir
+    config, origin = source.config, args.init_from or args.log_dir
     for name in SHAPE:
-        old, new = getattr(has, name), getattr(args, name) or getattr(has, name)
+        old, new = getattr(config, name), getattr(args, name) or getattr(config, name)
         if new < old or (new > old and name != "n_layer"):  # a model grows in layers only
-            raise UserError(f"{origin} has {name} {old}, not {new}: leave --{name} out")
+            raise UserError(f"{origin} has {name} {old}, not {new}: leave out --{name} or --model")
         setattr(args, name, new)
-    old, new = has.tokenizer, data.tokenizer
+    old, new = config.tokenizer, data.tokenizer
     if old != new and {old, new} & {"gpt2", "bytes"}:  # the same tokenizer.json may be at two paths
         raise UserError(f"{origin} has the tokenizer {old}, {args.data} has {new}: use data of {old}")
-    layers = [j * has.n_layer // args.n_layer for j in range(args.n_layer)]
-    if args.n_layer > has.n_layer:
-        print0(f"grown from {has.n_layer} to {args.n_layer} layers, which begin as {str(layers)[1:-1]}")
+    layers = [j * config.n_layer // args.n_layer for j in range(args.n_layer)]
+    if args.n_layer > config.n_layer:
+        print0(f"grown from {config.n_layer} to {args.n_layer} layers, which begin as {str(layers)[1:-1]}")
     source.transformer.h = nn.ModuleList(source.transformer.h[i] for i in layers)
-    model = GPT(replace(has, n_layer=args.n_layer, dropout=args.dropout, tokenizer=data.tokenizer))
+    model = GPT(replace(config, n_layer=args.n_layer, dropout=args.dropout, tokenizer=data.tokenizer))
     model.load_state_dict(source.state_dict())
     return model
 
@@ -704,8 +701,7 @@ def main(argv=None):
     if WORLD_SIZE > 1:  # gloo for tensors on CPUs, NCCL for those on GPUs, which connect to each other here
         device = torch.device("cuda", LOCAL_RANK) if cuda else None
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device)
-    # fork_rng: main() leaves the random numbers of its caller as they were.
-    with torch.random.fork_rng([LOCAL_RANK] if cuda else []), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:  # it unlocks log_dir and restores the signals' handlers
         torch.manual_seed(args.seed)
         source = latest and latest.pop("model")  # the model to begin with
         if args.init_from and not latest:
@@ -740,7 +736,7 @@ def main(argv=None):
         try:
             train(args, model, loader, val_loader, tokenizer, items, latest, stop)
         except (MemoryError, torch.OutOfMemoryError):
-            raise UserError(f"out of memory with --B {B}: --B {B // 2 or 1} gives the same curve") from None
+            raise UserError(f"out of memory with --B {B}: lower --B, for the same curve, or --T") from None
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 

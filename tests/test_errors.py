@@ -124,7 +124,7 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(shards, tmp_path, mon
 
     monkeypatch.setattr(train_gpt2, "training_step", fail)
     line = refused("--data", shards, *TINY, "--B", 8, "--max_steps", 1, "--log_dir", tmp_path / "log")
-    assert line == "out of memory with --B 8: --B 4 gives the same curve"
+    assert line == "out of memory with --B 8: lower --B, for the same curve, or --T"
 
 
 @pytest.mark.slow

@@ -384,7 +384,6 @@ def test_the_ranks_agree_on_the_smallest_micro_batch(monkeypatch):
 
 
 def test_main_leaves_nothing_behind_in_the_process(shards, tmp_path, monkeypatch):
-    state = torch.get_rng_state()
     numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
     before = [signal.getsignal(number) for number in numbers], torch.get_float32_matmul_precision()
     flags = ["--data", shards, *TINY, "--max_steps", 2, "--dropout", 0.1, "--log_dir", tmp_path / "log"]
@@ -392,7 +391,6 @@ def test_main_leaves_nothing_behind_in_the_process(shards, tmp_path, monkeypatch
     main("--resume", "--max_steps", 3, "--log_dir", tmp_path / "log")
     with pytest.raises(UserError):
         main(*flags, "--T", 1000, "--total_batch_size", 2000, "--val_tokens", 2000)
-    assert torch.equal(torch.get_rng_state(), state)
     assert ([signal.getsignal(number) for number in numbers], torch.get_float32_matmul_precision()) == before
     assert torch.get_default_device() == torch.device("cpu") and not torch.distributed.is_initialized()
 
