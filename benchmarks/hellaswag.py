@@ -13,8 +13,6 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -25,7 +23,8 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hellaswag
-from fineweb import get_tokenizer
+from benchmarks.machine import machine
+from fineweb import get_tokenizer, make_parser
 from train_gpt2 import GPT, GPTConfig, transpose_conv1d
 
 
@@ -58,7 +57,7 @@ def plain(model, items, device):
 
 
 def scan(tokens, tokenizer):
-    """Tokens a second of a search for 10,000 items in shards of random tokens, so many in all."""
+    """Tokens a second of a search for 10,000 items in four shards of random tokens. tokens: of all shards."""
     rng, items = np.random.default_rng(1), made_up_items(10_000, tokenizer.eot_token)
     with tempfile.TemporaryDirectory() as directory:
         paths = [Path(directory, f"{i}.npy") for i in range(4)]
@@ -70,21 +69,19 @@ def scan(tokens, tokenizer):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--items", type=int, default=64, help="(64)")
-    parser.add_argument("--rounds", type=int, default=3, help="(3)")
-    parser.add_argument("--batch_size", type=int, help="rows at a time, ours (16 on a CPU, else 128)")
+    parser = make_parser(__doc__)
+    parser.add_argument("--items", type=int, default=64, help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--scan", type=int, default=400_000_000, help="tokens to scan (%(default)s)")
     parser.add_argument("--tokenizer", default="gpt2", help="whose tokens are scanned (%(default)s)")
-    for name, default in ("n_layer", 12), ("n_embd", 768):
-        parser.add_argument(f"--{name}", type=int, default=default, help="of the model (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="(float32)")
+    parser.add_argument("--n_layer", type=int, default=12, help="of the model (%(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="(%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="(%(default)s)")
     args = parser.parse_args()
-    model = GPT(GPTConfig(n_layer=args.n_layer, n_embd=args.n_embd)).to(args.device).eval()
-    hf = GPT2LMHeadModel(GPT2Config(n_layer=args.n_layer, n_embd=args.n_embd)).to(args.device).eval()
+    print(machine(args.device))
+    model = GPT(GPTConfig(n_layer=args.n_layer)).to(args.device).eval()
+    hf = GPT2LMHeadModel(GPT2Config(n_layer=args.n_layer)).to(args.device).eval()
     hf.load_state_dict(transpose_conv1d(model.state_dict()))
     items, seconds = made_up_items(args.items), {"plain": [], "ours": []}
     for _ in range(args.rounds + 1):  # the first is to warm up
@@ -95,14 +92,14 @@ def main():
                 if way == "plain":
                     guesses.append(plain(hf, items, args.device))
                 else:
-                    guesses.append(hellaswag.evaluate(model, items, args.batch_size))
+                    guesses.append(hellaswag.evaluate(model, items))
             seconds[way].append(time.perf_counter() - start)
         assert args.dtype != "float32" or guesses[0] == guesses[1]
     a, b = (args.items / statistics.median(times[1:]) for times in seconds.values())
     print(f"{args.device}, {args.dtype}: {a:.2f} items a second one at a time with transformers, "
           f"{b:.2f} with hellaswag.py: {b / a:.2f} times")  # fmt: skip
     speed = scan(args.scan, get_tokenizer(args.tokenizer))
-    print(f"--contamination: {speed / 1e6:.0f} million tokens a second on {os.cpu_count()} cores")
+    print(f"--contamination: {speed / 1e6:.0f} million tokens a second")
 
 
 if __name__ == "__main__":

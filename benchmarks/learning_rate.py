@@ -1,12 +1,12 @@
 """
-What a step teaches: short trainings of the tiny preset, on 8 x 128 bytes of text a step, with AdamW and Muon
-at several learning rates, three seeds each.
+Short trainings of the tiny preset, on 8 x 128 bytes of text a step, with AdamW and Muon at several learning
+rates, three seeds each.
 
-    python benchmarks/learning_rate.py         # Python's standard library as text, ten minutes on 2 cores
+    python benchmarks/learning_rate.py     # Python's standard library as text, 10 to 30 minutes
     python benchmarks/learning_rate.py --data input.txt --steps 100 --seeds 1
 
 Prints the validation loss at the end, mean and standard deviation over seeds, and after what share of the
-steps each setting has reached, for good, the final loss of AdamW at the lecture's rate and at its best one.
+steps each setting has reached, for good, the final loss of AdamW at the lowest rate and at its best one.
 Losses that differ by less than their deviations are no evidence. Trainings run side by side, one a core.
 """
 
@@ -15,7 +15,6 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import argparse
 import os
 import subprocess
 import sysconfig
@@ -25,23 +24,27 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-LECTURE = 6e-4
+from benchmarks.machine import machine
+from fineweb import make_parser
+
+RATES = 6e-4, 1.8e-3, 5.4e-3, 1.62e-2  # the lecture's, and 3, 9 and 27 times that
 
 
-def standard_library(path):
-    """The modules of this Python's standard library, shuffled, in one text, <|endoftext|> between them."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+def text_file(args, directory):
+    """The path of --data, or of a new file: the modules of Python's standard library, shuffled."""
+    if args.data:
+        return Path(args.data).resolve()
+    path, files = Path(directory, "stdlib.txt"), sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     order = np.random.default_rng(0).permutation(len(files))
     text = "<|endoftext|>".join(files[i].read_text(encoding="utf-8") for i in order)
     path.write_text(text, encoding="utf-8")
+    return path
 
 
-def train(log_dir, steps, device="cpu", **flags):
-    """
-    One training of the tiny preset, or what the flags make of it, in a process of one thread. Returns {step:
-    validation loss} for 25 steps, the first and the last.
-    """
-    flags |= {"model": "tiny", "B": 8, "total_batch_size": 1024, "device": device, "log_dir": log_dir,
+def train(log_dir, steps, **flags):
+    """One training of the tiny preset, or what the flags make of it, in a process of one thread. Returns
+    {step: validation loss} for 25 steps, the first and the last."""
+    flags |= {"model": "tiny", "B": 8, "total_batch_size": 1024, "device": "cpu", "log_dir": log_dir,
               "max_steps": steps, "warmup_steps": steps // 10, "val_every": max(steps // 25, 1),
               "val_tokens": 4096, "sample_every": 0, "checkpoint_every": steps}  # fmt: skip
     command = [sys.executable, Path(__file__).resolve().parent.parent / "train_gpt2.py"]
@@ -60,65 +63,76 @@ def reached(steps, losses, mark):
     return steps[first] if first < len(steps) else None
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def draw(ax, steps, losses, label, **style):
+    """A line, the mean of losses (seeds, validations), in a band from the lowest to the highest seed."""
+    ax.plot(steps, losses.mean(axis=0), label=f"{label}: {losses[:, -1].mean():.3f}", **style)
+    ax.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=style["color"], alpha=0.15, lw=0)
+
+
+def save_chart(fig, ax, path, title):
+    ax.set_ylabel("validation loss (nats a token)")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, title=f"{title}: final loss (band: range over seeds)")
+    fig.savefig(path, dpi=110)
+    print(f"chart in {path}")
+
+
+def add_flags(parser, chart):
     parser.add_argument("--data", help="text file or directory of shards (Python's standard library)")
     parser.add_argument("--tokenizer", default="bytes", help="of a text file (%(default)s)")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[k * LECTURE for k in (1, 3, 9, 27)])
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=500, help="(%(default)s)")
-    parser.add_argument("--device", default="cpu", help="(%(default)s)")
-    parser.add_argument("--out", default="learning_rate.png", help="the chart (%(default)s)")
+    parser.add_argument("--steps", type=int, default=500, help="of each training (%(default)s)")
+    parser.add_argument("--out", default=f"benchmarks/figures/{chart}", help="the chart (%(default)s)")
+
+
+def main():
+    parser = make_parser(__doc__)
+    add_flags(parser, "learning_rate.png")
+    parser.add_argument("--lrs", type=float, nargs="+", default=RATES, help="(%(default)s)")
     args = parser.parse_args()
+    print(machine())
     settings = [(optimizer, lr) for optimizer in ("adamw", "muon") for lr in args.lrs]
     jobs = [(*setting, seed) for seed in range(args.seeds) for setting in settings]
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(os.cpu_count()) as pool:
-        data = Path(args.data or Path(directory, "stdlib.txt")).resolve()
-        if not args.data:
-            standard_library(data)
+        common = {"data": text_file(args, directory), "tokenizer": args.tokenizer}
 
-        def job(setting):
-            optimizer, lr, seed = setting
+        def run(job):
+            optimizer, lr, seed = job
             log_dir = Path(directory, f"{optimizer}-{lr}-{seed}")
-            more = {"optimizer": optimizer, "max_lr": lr, "seed": seed}
-            return train(log_dir, args.steps, args.device, data=data, tokenizer=args.tokenizer, **more)
+            return train(log_dir, args.steps, optimizer=optimizer, max_lr=lr, seed=seed, **common)
 
-        runs = [*tqdm(pool.map(job, jobs), total=len(jobs))]
-    steps = np.array(list(runs[0]))
+        runs = dict(zip(jobs, tqdm(pool.map(run, jobs), total=len(jobs))))
+    steps = np.array(list(runs[jobs[0]]))
     losses = {}  # {setting: (seeds, validations)}
-    for s in settings:
-        losses[s] = np.array([list(run.values()) for job, run in zip(jobs, runs) if job[:2] == s])
-    final = {s: curves[:, -1].mean() for s, curves in losses.items()}
-    best = min((s for s in settings if s[0] == "adamw"), key=final.get)
-    marks = {"lecture": final["adamw", args.lrs[0]], "best": final[best]}
+    for setting in settings:
+        losses[setting] = np.array([list(runs[*setting, seed].values()) for seed in range(args.seeds)])
+    final = {setting: curves[:, -1].mean() for setting, curves in losses.items()}
+    lowest = "adamw", args.lrs[0]
+    best = min((setting for setting in settings if setting[0] == "adamw"), key=final.get)
 
-    print(f"{'optimizer':9} {'max_lr':>8} {'final loss':>10} {'std':>6}   steps to AdamW's final loss: "
-          f"at {args.lrs[0]:g}, at {best[1]:g}")  # fmt: skip
-    for setting, curves in losses.items():
-        mean, shares = curves.mean(axis=0), []
-        for mark in marks.values():
-            step = reached(steps, mean, mark)
-            shares.append(f"{'never':>6}" if step is None else f"{step / args.steps:6.0%}")
-        std = curves[:, -1].std()
-        print(f"{setting[0]:9} {setting[1]:8.2g} {mean[-1]:10.4f} {std:6.4f}   {'  '.join(shares)}")
+    print(f"{'optimizer':9} {'max_lr':>8} {'final loss':>10} {'std':>6}   share of the steps until AdamW's "
+          f"final loss at {lowest[1]:.1e}, at {best[1]:.1e}")  # fmt: skip
+    for (optimizer, lr), curves in losses.items():
+        shares = []
+        for mark in final[lowest], final[best]:
+            step = reached(steps, curves.mean(axis=0), mark)
+            shares.append("never" if step is None else f"{step / args.steps:.0%}")
+        std = curves[:, -1].std(ddof=1) if args.seeds > 1 else np.nan
+        mean = final[optimizer, lr]
+        print(f"{optimizer:9} {lr:8.1e} {mean:10.4f} {std:6.4f}   {shares[0]:>5} {shares[1]:>5}")
 
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
     shades = np.linspace(0.4, 0.95, len(args.lrs))
-    for (name, lr), color in zip(settings, np.concatenate((plt.cm.Blues(shades), plt.cm.Oranges(shades)))):
-        curves = losses[name, lr]
-        ax.plot(steps, curves.mean(axis=0), color=color, label=f"{name} {lr:.2g}: {curves[:, -1].mean():.3f}")
-        ax.fill_between(steps, curves.min(axis=0), curves.max(axis=0), color=color, alpha=0.15, lw=0)
+    colors = [*plt.cm.Blues(shades), *plt.cm.Oranges(shades)]
+    for i, ((optimizer, lr), curves) in enumerate(losses.items()):
+        marker = "os^D"[i % len(args.lrs) % 4]  # a marker for each rate, every fifth validation
+        style = {"color": colors[i], "marker": marker, "markersize": 4, "markevery": 5}
+        draw(ax, steps, curves, f"{optimizer} {lr:.1e}", **style)
     top = np.median([curves.mean(axis=0)[len(steps) // 5] for curves in losses.values()])
-    ax.set(xlabel="steps", ylabel="validation loss (nats a token)")
-    ax.set_ylim(min(final.values()) - 0.1, top + 0.5)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, ncols=2, title="optimizer, max_lr: final loss")
-    fig.savefig(args.out, dpi=110)
-    print(f"chart in {args.out}")
+    ax.set(xlabel="steps", ylim=(min(final.values()) - 0.1, top + 0.5))
+    save_chart(fig, ax, args.out, "optimizer, max_lr")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import argparse
 import multiprocessing
 import os
 import resource
@@ -23,16 +22,19 @@ import time
 import numpy as np
 import torch
 
+from benchmarks.machine import machine
+from fineweb import make_parser
 from train_gpt2 import DataLoaderLite
 
 B, T, EOT = 64, 1024, 50256
 
 
-def make_shards(directory, count, size, document):
+def make_shards(directory, count, size):
+    """Random tokens, in documents of 1,000 on average."""
     for i in range(count):
         rng = np.random.default_rng(i)
         tokens = rng.integers(0, EOT, size, dtype=np.uint16)
-        tokens[rng.integers(0, size, size // document)] = EOT
+        tokens[rng.integers(0, size, size // 1000)] = EOT
         np.save(Path(directory, f"{i}.npy"), tokens)
 
 
@@ -42,19 +44,16 @@ def peak():
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--shards", type=int, default=5, help="(%(default)s)")
     parser.add_argument("--shard_size", type=int, default=10**8, help="tokens (%(default)s)")
-    parser.add_argument("--document", type=int, default=1000, help="mean tokens of a document (%(default)s)")
     args = parser.parse_args()
+    print(machine())
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as tmp:
-        words = tmp, args.shards, args.shard_size, args.document
-        making = multiprocessing.Process(target=make_shards, args=words)
+        making = multiprocessing.Process(target=make_shards, args=(tmp, args.shards, args.shard_size))
         making.start()  # in a process of its own, so that its memory is not counted
         making.join()
         before, seconds = peak(), []

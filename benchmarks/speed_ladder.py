@@ -8,9 +8,8 @@ step on an A100, on your own machine.
 Each rung keeps what the rungs before it have. A rung is a process of its own, started once a round, so that
 each has its own memory, and a slow minute of the machine is shared by all. Its figure is the median over the
 rounds of all steps but the first. A step is forward, backward, clipping and the optimizer's step on the same
-B x T random tokens. On a GPU, the fastest rung is measured again with other B, and the time of its step is
-divided among matrix products, attention, the rest of the model, the optimizer and waiting. A rung that does
-not fit into memory is left out. Writes a picture, and everything as JSON.
+B x T random tokens. The last rung that is compiled is measured again with other B, and PyTorch's profiler
+divides the time of its step. A rung that does not fit into memory is left out.
 """
 
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import contextlib
 import ctypes
 import json
 import math
@@ -31,42 +31,45 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 
+from benchmarks.machine import machine
+from fineweb import make_parser
 from train_gpt2 import GPT, GPTConfig
 
-# Name, what it adds to the one before, and the lecture's ms on one A100 (B=16, T=1024).
+# Name, what it adds to the one before, the lecture's ms on an A100 (B=16, T=1024), the devices that have it.
 RUNGS = [
-    ("float32", {}, 1000),
-    ("TF32", {"tf32": True}, 333),
-    ("bfloat16 autocast", {"bfloat16": True}, 300),
-    ("torch.compile", {"compile": True}, 130),
-    ("flash attention", {"flash": True}, 96),
-    ("vocabulary 50,304", {"vocab_size": 50304}, 93),
-    ("fused AdamW", {"fused": True}, 90),
-    ("freed memory kept", {"keep": True}, None),
-    ("not compiled", {"compile": False}, None),
+    ("float32", {}, 1000, ("cpu", "cuda")),
+    ("TF32", {"tf32": True}, 333, ("cuda",)),
+    ("bfloat16 autocast", {"bfloat16": True}, 300, ("cpu", "cuda")),
+    ("torch.compile", {"compile": True}, 130, ("cpu", "cuda")),
+    ("flash attention", {"flash": True}, 96, ("cpu", "cuda")),
+    ("vocabulary 50,304", {"vocab_size": 50304}, 93, ("cpu", "cuda")),
+    ("fused AdamW", {"fused": True}, 90, ("cpu", "cuda")),
+    ("freed memory kept", {"keep": True}, None, ("cpu",)),
+    ("not compiled", {"compile": False}, None, ("cpu", "cuda")),
 ]
-# FLOP/s of dense matrix products, from NVIDIA's data sheets and white papers: in bfloat16, added up in float32;
-# in float32 for T4 and V100, which have no bfloat16. The first name found in the GPU's name counts.
+# FLOP/s of dense matrix products, from NVIDIA's data sheets and white papers: in bfloat16, added up in
+# float32; in float32 for T4 and V100, which have no bfloat16. The first name in the GPU's name counts.
 PEAK_FLOPS = {
     "A100": 312e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
     "T4": 8.1e12, "V100": 15.7e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12,
 }  # fmt: skip
-# Words in the names of a GPU's kernels.
+# Words in the profiler's names of a GPU's kernels and a CPU's functions. The first kind with a word counts.
 KINDS = {
-    "attention": ("flash", "fmha", "sdpa", "cudnn"),
-    "matrix products": ("gemm", "nvjet", "xmma", "cutlass", "splitk"),
-    "optimizer": ("adam", "multi_tensor"),
+    "compiled": ("triton_", "compiled"),
+    "attention": ("flash", "fmha", "sdpa", "cudnn", "scaled_dot"),
+    "matrix products": ("gemm", "nvjet", "xmma", "cutlass", "splitk", "::mm", "addmm", "mkldnn"),
+    "clipping and AdamW": ("adam", "multi_tensor", "foreach", "vector_norm"),
 }
 
 
 def rungs(device):
-    """{name: (options, lecture's ms)}, options accumulated, without rungs that this device does not have."""
+    """{name: options}, options accumulated, without rungs that this device does not have."""
     ladder, options = {}, {"vocab_size": 50257}
-    for name, more, lecture in RUNGS:
-        if not ("tf32" in more and device != "cuda" or "keep" in more and device != "cpu"):
+    for name, more, _, devices in RUNGS:
+        if device in devices:
             options = options | more
-            ladder[name] = options, lecture
+            ladder[name] = options
     return ladder
 
 
@@ -78,17 +81,15 @@ def four_line_attention(q, k, v, dropout_p, is_causal):
 
 def keep_freed_memory():
     """What train_gpt2.py does when it is started: glibc maps no block by itself, and gives none back."""
-    ctypes.CDLL("libc.so.6").mallopt(-4, 0)
-    ctypes.CDLL("libc.so.6").mallopt(-1, 2**31 - 1)
+    with contextlib.suppress(OSError, AttributeError):  # not every system has glibc
+        ctypes.CDLL("libc.so.6").mallopt(-4, 0)
+        ctypes.CDLL("libc.so.6").mallopt(-1, 2**31 - 1)
 
 
-def flops_per_token(n_layer, n_embd, T):
+def flops_per_token(n_params, n_layer, n_embd, T):
     """Forward and backward (PaLM paper, appendix B): 6 for each weight in a matrix product (the position
     embedding is in none), and 12 * T * n_embd in each layer for attention."""
-    with torch.device("meta"):
-        model = GPT(GPTConfig(T, 50304, n_layer, 1, n_embd))
-    weights = sum(p.numel() for p in model.parameters()) - T * n_embd
-    return 6 * weights + 12 * n_layer * n_embd * T
+    return 6 * (n_params - T * n_embd) + 12 * n_layer * n_embd * T
 
 
 def wait(args):
@@ -170,25 +171,27 @@ def measure_matmul(args):
 
 
 def profile(args, options):
-    """{kind: share of a step's time}, where a GPU's kernels have the kinds of KINDS, "rest" or "waiting"."""
-    step, ms = make_step(args, **options), Counter()
+    """{kind: share of a step's time}, where a kind is one of KINDS, "rest" or "waiting"."""
+    step, times = make_step(args, **options), Counter()  # microseconds
     for _ in range(3):
         step()
     wait(args)
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities[: 2 if args.device == "cuda" else 1]) as profiler:
+    with torch.profiler.profile() as profiler:
         start = time.perf_counter()
         for _ in range(3):
             step()
         wait(args)
-        total = (time.perf_counter() - start) * 1000
+        total = (time.perf_counter() - start) * 1e6
+    cuda = args.device == "cuda"
     for event in profiler.key_averages():
+        # With a GPU, only what runs on it. An annotation is a range of time, whose kernels are events too.
+        if event.is_user_annotation or (cuda and event.device_type != torch.autograd.DeviceType.CUDA):
+            continue
         name = event.key.lower()
         kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "rest")
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            ms[kind] += event.self_device_time_total / 1000
-    ms["waiting"] = total - ms.total()
-    return {kind: t / total for kind, t in ms.most_common()}
+        times[kind] += event.self_device_time_total if cuda else event.self_cpu_time_total
+    times["waiting"] = total - times.total()
+    return {kind: t / total for kind, t in times.most_common()}
 
 
 def start_process(args, **flags):
@@ -202,90 +205,80 @@ def start_process(args, **flags):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def draw(path, medians, matmul, title):
-    import matplotlib.pyplot as plt
+def report(args, medians, results, sweep):
+    """Print a line for each rung, and for each other B."""
+    with torch.device("meta"):  # parameters that have shapes but no memory
+        model = GPT(GPTConfig(args.T, 50304, args.n_layer, args.n_head, args.n_embd))
+    n_params = sum(p.numel() for p in model.parameters())
+    flops = flops_per_token(n_params, args.n_layer, args.n_embd, args.T)
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else ""
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)
+    matmul = medians.pop("matmul", math.nan)
 
-    fig, ax = plt.subplots(figsize=(8, 0.4 * len(medians) + 1), layout="constrained")
-    ax.barh(medians.keys(), medians.values(), color="#3465a4")
-    for i, ms in enumerate(medians.values()):
-        ax.text(ms, i, f" {ms:,.0f}", va="center")
-    ax.axvline(matmul, color="#c03030", ls="--", lw=1)
-    ax.text(matmul, -0.55, " matrix products alone", color="#c03030", size=8, va="bottom")
-    ax.invert_yaxis()
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.set(xlabel="ms a step", xlim=(0, 1.12 * max(medians.values())))
-    ax.set_title(title, pad=18)
-    fig.savefig(path, dpi=110)
+    def line(name, B, result, ms):
+        mfu = f"{flops * B * args.T / ms * 1000 / peak:.1%}" if peak else ""
+        print(f"{name:18} {ms:7.0f} {B * args.T / ms * 1000:9,.0f} {mfu:>6} {result['MB']:7.0f} "
+              f"{result['first']:6.1f} {result['loss']:8.4f}", end="")  # fmt: skip
+
+    print(f"{n_params / 1e6:.0f}M parameters, {args.B} x {args.T} tokens a step")
+    print(f"the bfloat16 matrix products of a step alone: {matmul:.0f} ms")
+    # first: seconds of the first step; matmul: share of the matrix products; A100: the lecture's ms
+    print(f"{'':18} {'ms':>7} {'tokens/s':>9} {'MFU':>6} {'MB':>7} {'first':>6} {'loss':>8} {'gain':>6} "
+          f"{'matmul':>6} {'A100':>5}")  # fmt: skip
+    lecture, before = {name: ms for name, _, ms, _ in RUNGS}, None
+    for name, ms in medians.items():
+        line(name, args.B, results[name][0], ms)
+        print(f" {before / ms if before else 1:6.2f} {matmul / ms:6.0%} {lecture[name] or '':>5}")
+        before = ms
+    for B, result in sweep.items():
+        if result:
+            line(f"compiled, B={B}", B, result, statistics.median(result["ms"]))
+            print()
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = make_parser(__doc__)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="(%(default)s)")
     for name, default in ("n_layer", 12), ("n_head", 12), ("n_embd", 768), ("T", 1024):
         parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
     parser.add_argument("--B", type=int, help="rows of a step (4 on a CPU, 16 on a GPU)")
     parser.add_argument("--sweep", type=int, nargs="*", help="other B (on a GPU 4 8 32 64, else none)")
     parser.add_argument("--steps", type=int, help="measured in each round (3 on a CPU, 20 on a GPU)")
     parser.add_argument("--rounds", type=int, help="(3 on a CPU, 1 on a GPU)")
-    parser.add_argument("--out", default="speed_ladder", help="the picture and the JSON (%(default)s)")
     parser.add_argument("--rung", help=argparse.SUPPRESS)  # what a process is told to measure
     args = parser.parse_args()
     cuda = args.device == "cuda"
     defaults = {"B": 16, "steps": 20, "rounds": 1} if cuda else {"B": 4, "steps": 3, "rounds": 3}
     for name, value in defaults.items():
         setattr(args, name, getattr(args, name) or value)
-    args.sweep = args.sweep if args.sweep is not None else [4, 8, 32, 64] * cuda
+    if args.sweep is None:
+        args.sweep = [4, 8, 32, 64] if cuda else []
     ladder = rungs(args.device)
+    compiled = list(ladder)[-2]  # the last one that is
+
     if args.rung:
-        best = ladder["fused AdamW"][0]
-        special = {"matmul": lambda: measure_matmul(args), "profile": lambda: profile(args, best)}
-        print(json.dumps(special.get(args.rung, lambda: measure(args, ladder[args.rung][0]))()))
+        if args.rung == "matmul":
+            result = measure_matmul(args)
+        elif args.rung == "profile":
+            result = profile(args, ladder[compiled])
+        else:
+            result = measure(args, ladder[args.rung])
+        print(json.dumps(result))
         return
 
+    print(machine(args.device))
     names = *ladder, "matmul"
     rounds = [{name: start_process(args, rung=name) for name in names} for _ in range(args.rounds)]
     results = {name: [r[name] for r in rounds if r[name]] for name in names}
     results = {name: found for name, found in results.items() if found}
-    times = {name: [ms for result in found for ms in result["ms"]] for name, found in results.items()}
-    medians = {name: statistics.median(ms) for name, ms in times.items()}
-    matmul = medians.pop("matmul")
-    sweep = {B: start_process(args, B=B, rung="fused AdamW") for B in args.sweep}
-    shares = start_process(args, rung="profile") if cuda else None
-
-    with torch.device("meta"):
-        model = GPT(GPTConfig(args.T, 50304, args.n_layer, args.n_head, args.n_embd))
-    n_params = sum(p.numel() for p in model.parameters())
-    a_token = flops_per_token(args.n_layer, args.n_embd, args.T)
-    kind = torch.cuda.get_device_name() if cuda else "CPU"
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in kind), None)
-
-    def line(name, B, result, ms):
-        mfu = f"{a_token * B * args.T / ms * 1000 / peak:.1%}" if peak else ""
-        print(f"{name:18} {ms:7.0f} {B * args.T / ms * 1000:9,.0f} {mfu:>6} {result['MB']:7.0f} "
-              f"{result['first']:6.1f} {result['loss']:8.4f}", end="")  # fmt: skip
-
-    title = f"{n_params / 1e6:.0f}M parameters, {args.B} x {args.T} tokens, {kind}, torch {torch.__version__}"
-    print(f"{title}\nthe bfloat16 matrix products of a step alone: {matmul:.0f} ms")
-    # first: seconds of the first step; matmul: share of the matrix products; A100: the lecture's ms
-    print(f"{'':18} {'ms':>7} {'tokens/s':>9} {'MFU':>6} {'MB':>7} {'first':>6} {'loss':>8} {'gain':>6} "
-          f"{'matmul':>6} {'A100':>5}")  # fmt: skip
-    before = None
-    for name, ms in medians.items():
-        line(name, args.B, results[name][0], ms)
-        print(f" {before / ms if before else 1:6.2f} {matmul / ms:6.0%} {ladder[name][1] or '':>5}")
-        before = ms
-    for B, result in sweep.items():
-        if result:
-            line(f"fused AdamW, B={B}", B, result, statistics.median(result["ms"]))
-            print()
-    if shares:
-        print("where the time goes:", ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
-    draw(f"{args.out}.png", medians, matmul, title)
-    everything = {"about": title, "rungs": results, "sweep": sweep, "profile": shares}
-    Path(f"{args.out}.json").write_text(json.dumps(everything, indent=1))
-    print(f"written: {args.out}.png {args.out}.json")
+    medians = {name: statistics.median(ms for result in found for ms in result["ms"])
+               for name, found in results.items()}  # fmt: skip
+    sweep = {B: start_process(args, B=B, rung=compiled) for B in args.sweep}
+    report(args, medians, results, sweep)
+    if shares := start_process(args, rung="profile"):
+        shares = ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items())
+        print(f"where the time goes in {compiled}: {shares}")
 
 
 if __name__ == "__main__":

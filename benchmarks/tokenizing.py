@@ -1,8 +1,8 @@
 """
-fineweb.py against the plain way: one worker process, to which `pool.imap` sends documents, 16 at a time.
+fineweb.py against the lecture's way: `pool.imap` sends documents, 16 at a time, to half as many processes as
+there are cores. One more process, this one, collects the tokens.
 
     python benchmarks/tokenizing.py              # 200 MB of the Python sources on this machine, three rounds
-    python benchmarks/tokenizing.py --input 'a/*.parquet' --rounds 5
 
 Prints the tokens a second of both, medians of alternating runs from start to finish (imports apart), and
 their ratio. Shards that differ are an error.
@@ -13,7 +13,6 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import argparse
 import contextlib
 import io
 import multiprocessing
@@ -30,6 +29,7 @@ import pyarrow.parquet as pq
 import tiktoken
 
 import fineweb
+from benchmarks.machine import machine
 
 SHARD_SIZE = 10_000_000
 
@@ -57,50 +57,48 @@ def plain_document(text):
     return np.array([encoding.eot_token, *encoding.encode_ordinary(text)], dtype=np.uint16)
 
 
-def plain(paths, out):
-    """Shards the plain way, in files 0.npy, 1.npy, …"""
+def plain(path, out):
+    """Shards the lecture's way."""
     shard, filled, count = np.empty(SHARD_SIZE, dtype=np.uint16), 0, 0
-    documents = (text for path in paths for batch in pq.ParquetFile(path).iter_batches(columns=["text"])
-                 for text in batch.column(0).to_pylist())  # fmt: skip
-    with multiprocessing.get_context("spawn").Pool(1, start_plain) as pool:
+    batches = pq.ParquetFile(path).iter_batches(columns=["text"])
+    documents = (text for batch in batches for text in batch.column(0).to_pylist())
+    processes = max(1, os.cpu_count() // 2)
+    with multiprocessing.get_context("spawn").Pool(processes, start_plain) as pool:
         for tokens in pool.imap(plain_document, documents, chunksize=16):
             while len(tokens):
                 part = tokens[: SHARD_SIZE - filled]
                 shard[filled : filled + len(part)] = part
                 filled, tokens = filled + len(part), tokens[len(part) :]
                 if filled == SHARD_SIZE:
-                    np.save(out / f"{count}.npy", shard)
+                    np.save(out / f"{count:06d}.npy", shard)
                     filled, count = 0, count + 1
-    np.save(out / f"{count}.npy", shard[:filled])
+    np.save(out / f"{count:06d}.npy", shard[:filled])
 
 
-def ours(paths, out):
+def ours(path, out):
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        fineweb.main(["--input", *paths, "--out", str(out), "--shard_size", str(SHARD_SIZE)])
+        fineweb.main(["--input", path, "--out", str(out), "--shard_size", str(SHARD_SIZE)])
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--input", help="pattern of .parquet files with a column `text`")
-    parser.add_argument("--megabytes", type=int, default=200, help="of text, without --input (200)")
-    parser.add_argument("--rounds", type=int, default=3, help="(3)")
+    parser = fineweb.make_parser(__doc__)
+    parser.add_argument("--megabytes", type=int, default=200, help="of text, at least 100 (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     args = parser.parse_args()
+    print(machine())
     seconds = {plain: [], ours: []}
     with tempfile.TemporaryDirectory() as tmp:
-        paths = sorted(glob(args.input)) if args.input else [f"{tmp}/python.parquet"]
-        if not args.input:
-            python_sources(paths[0], args.megabytes)
+        path = f"{tmp}/python.parquet"
+        python_sources(path, args.megabytes)
         for i in range(args.rounds):
             shards = {}
             for way in seconds:
                 out = Path(tmp, f"{way.__name__}{i}")
                 out.mkdir()
                 start = time.perf_counter()
-                way(paths, out)
+                way(path, out)
                 seconds[way].append(time.perf_counter() - start)
-                files = sorted(out.glob("*.npy"), key=lambda p: int("".join(filter(str.isdigit, p.name))))
+                files = sorted(out.glob("*.npy"), key=lambda file: file.stem[-6:])  # their numbers
                 shards[way] = [np.load(file) for file in files]
             assert len(shards[plain]) == len(shards[ours])
             assert all(map(np.array_equal, shards[plain], shards[ours]))
@@ -110,7 +108,7 @@ def main():
     a, b = (statistics.median(seconds[way]) for way in seconds)
     plain_rate, our_rate = tokens / a / 1e6, tokens / b / 1e6
     print(f"medians, million tokens a second: plain {plain_rate:.2f}, fineweb.py {our_rate:.2f}; "
-          f"{a / b:.2f} times, on {os.cpu_count()} cores")  # fmt: skip
+          f"{a / b:.2f} times")  # fmt: skip
 
 
 if __name__ == "__main__":

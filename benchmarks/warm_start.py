@@ -4,7 +4,7 @@ text a step, is trained to the end, grown to 4 layers (layer j begins as layer f
 on. Beside it, one of 4 layers is trained from scratch, and the 3 layers are trained on for as long, which is
 the control: what more training alone would have given. Three seeds.
 
-    python benchmarks/warm_start.py            # Python's standard library as text, five minutes on 2 cores
+    python benchmarks/warm_start.py        # Python's standard library as text, 5 to 10 minutes
     python benchmarks/warm_start.py --data input.txt --steps 100 --seeds 1
 
 Prints the losses and how many steps the grown model needs for the final loss of the one from scratch, and
@@ -16,57 +16,47 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import argparse
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from tqdm import tqdm
 
-from benchmarks.learning_rate import reached, standard_library, train
+from benchmarks.learning_rate import add_flags, draw, reached, save_chart, text_file, train
+from benchmarks.machine import machine
+from fineweb import make_parser
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", help="text file or directory of shards (Python's standard library)")
-    parser.add_argument("--tokenizer", default="bytes", help="of a text file (%(default)s)")
+    parser = make_parser(__doc__)
+    add_flags(parser, "warm_start.png")
     parser.add_argument("--layers", type=int, nargs=2, default=[3, 4], help="of the two models (%(default)s)")
-    parser.add_argument("--max_lr", type=float, default=2e-3, help="of all trainings (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=500, help="of each training (%(default)s)")
-    parser.add_argument("--out", default="warm_start.png", help="the chart (%(default)s)")
     args = parser.parse_args()
+    print(machine())
     small, large = args.layers
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(os.cpu_count()) as pool:
-        data = Path(args.data or Path(directory, "stdlib.txt")).resolve()
-        if not args.data:
-            standard_library(data)
-        common = {"data": data, "tokenizer": args.tokenizer, "max_lr": args.max_lr}
+        common = {"data": text_file(args, directory), "tokenizer": args.tokenizer, "max_lr": 2e-3}
 
-        def grown(seed):  # the small one first
-            first, second = Path(directory, f"small-{seed}"), Path(directory, f"grown-{seed}")
-            before = train(first, args.steps, seed=seed, n_layer=small, **common)
-            more = {"init_from": first / "latest.pt", "seed": seed} | common
-            after = train(second, args.steps, n_layer=large, **more)
-            return before, after, train(Path(directory, f"on-{seed}"), args.steps, n_layer=small, **more)
+        def run(name, seed, n_layer, **flags):
+            return train(Path(directory, f"{name}-{seed}"), args.steps, seed=seed, n_layer=n_layer, **flags)
 
-        def scratch(seed):
-            return train(Path(directory, f"scratch-{seed}"), args.steps, seed=seed, n_layer=large, **common)
+        def small_and_what_follows(seed):
+            before = run("small", seed, small, **common)
+            more = common | {"init_from": Path(directory, f"small-{seed}", "latest.pt")}
+            return before, run("grown", seed, large, **more), run("control", seed, small, **more)
 
-        jobs = [pool.submit(way, seed) for seed in range(args.seeds) for way in (grown, scratch)]
-        runs = [job.result() for job in tqdm(jobs)]
-    steps = np.array(list(runs[1]))
-    befores, afters, controls = zip(*runs[::2])
-    grown_name, scratch_name = f"{large} layers, grown", f"{large} layers, from scratch"
-    names = f"{small} layers", grown_name, scratch_name, f"{small} layers, on"
-    four = zip(names, (befores, afters, runs[1::2], controls))
-    curves = {name: np.array([list(run.values()) for run in seeds]) for name, seeds in four}
+        grown = [pool.submit(small_and_what_follows, seed) for seed in range(args.seeds)]
+        scratch = [pool.submit(run, "scratch", seed, large, **common) for seed in range(args.seeds)]
+        befores, afters, controls = zip(*(job.result() for job in grown))
+        fresh = [job.result() for job in scratch]
+    steps = np.array(list(fresh[0]))
+    curves = {f"{small} layers": befores, f"{large} layers, grown": afters,
+              f"{large} layers, from scratch": fresh, f"{small} layers, trained on": controls}  # fmt: skip
+    curves = {name: np.array([list(run.values()) for run in runs]) for name, runs in curves.items()}
     print(f"{'validation loss':24} {'at step 0':>9} {'at the end':>10} {'std':>6}")
     for name, losses in curves.items():
-        print(f"{name:24} {losses[:, 0].mean():9.4f} {losses[:, -1].mean():10.4f} {losses[:, -1].std():6.4f}")
+        std = losses[:, -1].std(ddof=1) if args.seeds > 1 else np.nan
+        print(f"{name:24} {losses[:, 0].mean():9.4f} {losses[:, -1].mean():10.4f} {std:6.4f}")
     _, after, fresh, _ = (losses.mean(axis=0) for losses in curves.values())
     step = reached(steps, after, fresh[-1])
     when = "never" if step is None else f"after {step} of {args.steps} steps"
@@ -75,18 +65,15 @@ def main():
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for (name, losses), color in zip(curves.items(), ("#999999", "#d0701c", "#3465a4", "#444444")):
-        at = steps - args.steps if name == f"{small} layers" else steps
-        ax.plot(at, losses.mean(axis=0), color=color, label=f"{name}: {losses[:, -1].mean():.3f}")
-        ax.fill_between(at, losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.2, lw=0)
+    styles = ("#999999", "-"), ("#d0701c", "-"), ("#3465a4", "-"), ("#2e8b3d", "--")
+    for (name, losses), (color, line) in zip(curves.items(), styles):
+        begin = -args.steps if name == f"{small} layers" else 0  # the small model ends where the others begin
+        draw(ax, steps + begin, losses, name, color=color, ls=line)
     ax.axhline(fresh[-1], color="#3465a4", ls=":", lw=1)
     ax.axvline(0, color="black", lw=0.8)
-    ax.set(xlabel="steps of the larger model", ylabel="validation loss (nats a token)")
-    ax.set_ylim(min(after.min(), fresh.min()) - 0.2, fresh[len(steps) // 8] + 0.5)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, title="mean and range over seeds; final loss")
-    fig.savefig(args.out, dpi=110)
-    print(f"chart in {args.out}")
+    ylim = min(after.min(), fresh.min()) - 0.2, fresh[len(steps) // 8] + 0.5
+    ax.set(xlabel="steps after the small model's end", ylim=ylim)
+    save_chart(fig, ax, args.out, "model")
 
 
 if __name__ == "__main__":
