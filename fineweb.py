@@ -65,6 +65,9 @@ def run(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError:  # under torchrun, it may be the connection to a rank that has failed
+        time.sleep((4 + RANK) if "RANK" in os.environ else 0)  # torchrun ends this one, too
+        raise
     except (UserError, OSError) as e:
         # Most errors occur on all ranks. Rank 0 prints its own, and then torchrun ends those that wait here.
         time.sleep((4 + RANK) if RANK else 0)
@@ -305,9 +308,6 @@ def find_shards(directory):
 # --------------------------------------------------------------------------------------------------
 # Reading documents
 
-BATCH = 64  # documents that one thread tokenizes at a time. 4 * workers batches of text are in memory
-
-
 def read_file(path, column):
     """Yields (the fraction of the file read so far, its text or None) for each record."""
     if path.endswith(".parquet"):
@@ -343,16 +343,16 @@ def read_source(share, files, column):
         before += size
 
 
-def tokenize(documents, name, workers):
-    """Yields (the fraction that has been read, tokens) for each BATCH of documents, in order. Threads work on
-    the next 4 * workers batches meanwhile."""
+def tokenize(documents, name, workers, batch_size=64):
+    """Yields (the fraction that has been read, number of documents, their tokens) for each batch_size
+    documents, in order. Threads work on the next 4 * workers batches meanwhile."""
     tokenizer_of = functools.cache(lambda thread: get_tokenizer(name))  # a shared one makes them wait
 
     def work(batch):
         texts = [text for _, text in batch]
-        return batch[-1][0], encode_documents(tokenizer_of(threading.get_ident()), texts)
+        return batch[-1][0], len(batch), encode_documents(tokenizer_of(threading.get_ident()), texts)
 
-    batches = iter(lambda: list(islice(documents, BATCH)), [])  # until one is empty
+    batches = iter(lambda: list(islice(documents, batch_size)), [])  # until one is empty
     with ThreadPoolExecutor(workers) as pool:
         futures = (pool.submit(work, batch) for batch in batches)
         waiting = deque(islice(futures, 4 * workers))
@@ -436,7 +436,7 @@ def write_shards(out, meta, sources, tokenizer, workers):
     streams = [read_source(share, files, meta["column"]) for share, files in sources.values()]
     documents = islice(heapq.merge(*streams, key=lambda item: item[0]), first, None)
     with tqdm(initial=len(shards) * shard_size, unit=" tokens", unit_scale=True) as bar:
-        for fraction, tokens in tokenize(documents, tokenizer.name, workers):
+        for fraction, n_documents, tokens in tokenize(documents, tokenizer.name, workers):
             pieces.append(tokens[used:])
             used = max(used - len(tokens), 0)
             size += len(pieces[-1])
@@ -446,7 +446,7 @@ def write_shards(out, meta, sources, tokenizer, workers):
                 joined = np.concatenate(pieces)
                 pieces, size = [joined[shard_size:]], size - shard_size
                 finish(joined[:shard_size], (first, len(tokens) - size))  # the last `size` of them are left
-            first += BATCH
+            first += n_documents
     if not shards or (size == 0 and len(shards) == 1):
         raise UserError(f"{out} has no tokens to train on: delete it, and give a smaller --shard_size")
     if size:

@@ -1,7 +1,7 @@
 """GPT-2, built and trained in one file that is read from top to bottom.
 
-    python train_gpt2.py                        # a small GPT on input.txt
-    torchrun --nproc_per_node=8 train_gpt2.py   # GPT-2 124M on edu_fineweb10B/
+    python train_gpt2.py   # 124M on edu_fineweb10B/, or a tiny GPT on input.txt
+    torchrun --nproc_per_node=8 train_gpt2.py   # the same, on eight GPUs
     torchrun --nproc_per_node=8 train_gpt2.py --resume   # go on after a stop
 
 Notable choices:
@@ -34,15 +34,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-# readable makes any error with a file a UserError, one line that says what to do; warn_only only prints it.
-# complete_file replaces a file when all of it is written. print0 prints on rank 0, run prints a UserError.
+# readable makes any error with a file a UserError, one line that says what to do. complete_file replaces a
+# file when all of it is written. find_shards and load_text return Data; its train and val are {name: shard}.
 import hellaswag
 from fineweb import RANK, UserError, complete_file, find_shards, get_tokenizer, load_text, locked, make_parser
 from fineweb import open_shard, print0, readable, run, save_tokenizer, warn_only, write_json
 
-# torchrun sets these for each process, and RANK, its number among those of all nodes. Else there is one.
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # its number on this node; it uses the GPU of that number
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+# torchrun starts several processes and sets these in each, and RANK. Without it there is one, with rank 0.
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # number of this process on its node, and of its GPU
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # number of processes on all nodes; RANK counts them
 
 # --------------------------------------------------------------------------------------------------
 # The model: a residual stream, to which every block adds the output of its attention and of its MLP
@@ -68,18 +68,18 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise UserError(f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}: change one")
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.dropout = config.n_head, nn.Dropout(config.dropout)
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of all heads
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_size)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # never stores (T, T)
+        # Heads become a batch dimension: q, k and v are (B, n_head, T, head_size).
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))
+        p = self.dropout.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)  # never stores (T, T)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        return self.dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
@@ -87,13 +87,13 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout = nn.Dropout(config.dropout)
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
         x = F.gelu(self.c_fc(x), approximate="tanh")  # the approximation with which GPT-2 was trained
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
+        return self.dropout(self.c_proj(x))
 
 
 class Block(nn.Module):
@@ -124,8 +124,8 @@ class GPT(nn.Module):
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied: one matrix embeds and predicts tokens
-        # Normal with standard deviation 0.02 (GPT-2's code, whose wpe has 0.01), biases 0. Each block adds to
-        # the stream twice: there it is smaller, so that the sum does not grow with the layers (paper, 2.3).
+        # Normal with standard deviation 0.02 (GPT-2's code, whose wpe has 0.01), biases 0. It is smaller for
+        # the two layers by which a block adds to the stream, which else would grow with depth (paper, 2.3).
         residual_std = 0.02 / math.sqrt(2 * config.n_layer)
         for name, p in self.named_parameters():  # the tied tensor has one name here, so it is drawn once
             if name.endswith("bias"):
@@ -136,8 +136,7 @@ class GPT(nn.Module):
     def hidden(self, idx):
         """idx: int64 (B, T), T <= block_size. Returns the final hidden states, float (B, T, n_embd)."""
         T = idx.size(1)
-        if T > self.config.block_size:
-            raise UserError(f"--T {T} is longer than the model's context: at most {self.config.block_size}")
+        assert T <= self.config.block_size, f"{T} tokens are more than block_size, {self.config.block_size}"
         x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))
         for block in self.transformer.h:
             x = block(x)
@@ -149,8 +148,8 @@ class GPT(nn.Module):
         logits = self.lm_head(self.hidden(idx))
         if targets is None:
             return logits, None
-        # The softmax is in float32, because bfloat16 has three digits. Only the loss has a gradient: without
-        # detach, a compiled model would also compute one of the returned logits, which is all zeros.
+        # The softmax is in float32, because bfloat16 has three digits. The returned logits have no gradient:
+        # without detach, a compiled model would compute one for them, too, which is all zeros.
         return logits.detach(), F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()
@@ -175,8 +174,8 @@ class GPT(nn.Module):
         matrices = [p for p in self.transformer.h.parameters() if p.dim() >= 2]
         embeddings = [self.transformer.wte.weight, self.transformer.wpe.weight]
         decay = embeddings if muon else embeddings + matrices
-        rest = [p for p in self.parameters() if p.dim() < 2]
-        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        no_decay = [p for p in self.parameters() if p.dim() < 2]
+        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
         optimizers = [torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
         if muon:
             optimizers.append(torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw"))
@@ -237,8 +236,8 @@ def transpose_conv1d(state):
 
 
 def load_checkpoint(path, mend="give a checkpoint that training wrote"):
-    """What a .pt file holds, a dict, in which "model" is made the GPT itself, in eval mode, without "config".
-    The file is read as plain data: no code in it is run. UserError if it is damaged or foreign."""
+    """The dict that a .pt file holds, but its "model" is a GPT in eval mode, made from the weights and from
+    "config". The file is read as plain data: no code in it is run. UserError if it is damaged or foreign."""
     with readable(path, mend), zipfile.ZipFile(path) as file:
         if damaged := file.testzip():  # torch.load does not verify the checksums
             raise ValueError(f"the checksum of {damaged} is wrong")
@@ -247,8 +246,6 @@ def load_checkpoint(path, mend="give a checkpoint that training wrote"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config, weights = checkpoint.pop("config"), checkpoint["model"]
         config = config if isinstance(config, GPTConfig) else GPTConfig(**config)
-        if config.n_layer not in range(1000):  # a damaged number would build layers until memory is full
-            raise ValueError(f"its n_layer is {config.n_layer}")
         model = GPT(config)
         # torch.compile put this prefix before the names of the lecture's checkpoints.
         model.load_state_dict({name.removeprefix("_orig_mod."): w for name, w in weights.items()})
@@ -275,17 +272,20 @@ PRESETS = {
              "print_every": 20, "tokenizer": "bytes"},
 }  # fmt: skip
 SHAPE = ("n_layer", "n_head", "n_embd")
-FIXED = ("model", *SHAPE, "T", "total_batch_size", "seed", "shuffle", "optimizer", "shards")  # in a run
+# What --resume can't change. "shards" is no flag: main() records there the names and sizes of the shards.
+FIXED = ("model", *SHAPE, "T", "total_batch_size", "seed", "shuffle", "optimizer", "shards")
 
 
 def build_parser():
     parser = make_parser(__doc__)
 
-    def flag(name, kind, default, help, parser=parser, **options):
-        kinds = {bool: {"action": argparse.BooleanOptionalAction}, str: {}}
-        options |= kinds.get(kind, {"type": kind, "metavar": "N" if kind is int else "X"})
+    def flag(name, kind, default, help, group=parser, **options):
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction  # --name and --no-name
+        elif kind is not str:
+            options |= {"type": kind, "metavar": "N" if kind is int else "X"}
         help += "" if default is None else f" ({default})"
-        parser.add_argument(f"--{name}", default=default, help=help, **options)
+        group.add_argument(f"--{name}", default=default, help=help, **options)
 
     data = "edu_fineweb10B" if any(Path("edu_fineweb10B").glob("*train*")) else "input.txt"
     flag("data", str, data, "directory of shards (edu_fineweb10B if it exists) or text file")
@@ -296,7 +296,7 @@ def build_parser():
     flag("n_head", int, 12, "attention heads")
     flag("n_embd", int, 768, "width of the residual stream")
     flag("dropout", float, 0.0, "probability, on attention weights and the output of each attention and MLP")
-    flag("B", int, 0, "micro batch: most rows in a forward pass; the steps stay the same; 0: what fits")
+    flag("B", int, 0, "micro batch: rows in a forward pass, at most; does not change a step; 0: what fits")
     flag("T", int, 1024, "tokens in a row")
     flag("total_batch_size", int, 2**19, "tokens in a step, over all micro steps and ranks")
     flag("max_steps", int, 10**10 // 2**19, "steps of the whole run")
@@ -323,9 +323,9 @@ def build_parser():
     flag("print_every", int, 1, "steps between printed lines, 0: none; log.txt has all steps")
     flag("checkpoint_every", int, 5000, "steps between checkpoints, 0: only when a signal stops the run")
     flag("log_dir", str, "log", "directory for log.txt and checkpoints")
-    begin = parser.add_mutually_exclusive_group()
-    flag("resume", bool, False, "go on from log_dir/latest.pt; flags left out are as they were", begin)
-    flag("init_from", str, None, "begin with weights: a released name, Hugging Face directory or .pt", begin)
+    start = parser.add_mutually_exclusive_group()
+    flag("resume", bool, False, "go on from log_dir/latest.pt; flags left out are as they were", start)
+    flag("init_from", str, None, "begin with weights: a released name, Hugging Face directory or .pt", start)
     return parser
 
 
@@ -339,8 +339,6 @@ def parse_args(argv=None):
         latest = load_checkpoint(path, "without it a run can't go on: begin one in another --log_dir")
         with readable(path, "a new run can begin with its weights, by --init_from"):
             parser.set_defaults(**latest["args"] | {"log_dir": args.log_dir})
-            if latest["step"] not in range(10**7):  # it is no number of steps
-                raise ValueError(f"step {latest['step']}")
     else:
         model = args.model or ("gpt2" if Path(args.data).is_dir() else "tiny")
         parser.set_defaults(model=model, **PRESETS[model])
@@ -376,11 +374,11 @@ def parse_args(argv=None):
 
 
 class DataLoaderLite:
-    """Batches of rows of T tokens from the shards of a split, {name: path, or the tokens themselves}. The
-    rows of the whole run are numbered, over all epochs. Of every world_size * B rows, rank r takes those from
-    r * B to (r + 1) * B, so a step has the same rows for any B and number of ranks. With shuffle, shards and
-    the documents in them, which begin with eot, have another order in each epoch. The tail of a shard that
-    is shorter than a row is left out. UserError for a token >= n_vocab, and if there is no row."""
+    """Batches of rows of T tokens from the shards of a split, {name: path, or the tokens themselves}. Rows
+    of a run are numbered through all epochs, and dealt out B at a time: with B = 2 and two ranks, rank 0 has
+    rows 0, 1, 4, 5, ... and rank 1 has 2, 3, 6, 7, .... So a step has the same rows for any B and number of
+    ranks. With shuffle, shards and the documents in them, which begin with eot, have another order in each
+    epoch. A shard's last tokens are left out if they fill no row. UserError for a token >= n_vocab."""
 
     def __init__(self, shards, B, T, rank=0, world_size=1, n_vocab=50257, seed=0, shuffle=False, eot=50256,
                  device="cpu"):  # fmt: skip
@@ -391,8 +389,7 @@ class DataLoaderLite:
         self.rows_per_epoch = sum(self.shard_rows)
         if not self.rows_per_epoch:
             raise UserError(f"{self.shards[0][0]}: no row of {T + 1} tokens: lower --T or give more data")
-        keep_one = functools.lru_cache(1)  # the next row nearly always needs the same order and shard
-        self.order, self.read_shard = keep_one(self.order), keep_one(self.read_shard)
+        self.read_shard = functools.lru_cache(1)(self.read_shard)  # the next row is mostly in the same shard
         self.seek(0)
 
     def seek(self, row):
@@ -437,7 +434,7 @@ class DataLoaderLite:
 
 # --------------------------------------------------------------------------------------------------
 # One training step, and the state of the optimizers. With --zero it is sharded over the ranks: `owners` says
-# which rank has the state of a parameter, {parameter: rank}. Without --zero it is {}, and all ranks have all.
+# which rank has the state of a parameter, {parameter: rank}. Without --zero, `owners` is {}.
 
 
 def get_lr(step, max_lr, min_lr, warmup_steps, max_steps):
@@ -466,9 +463,9 @@ def training_step(step, args, train_model, optimizers, owners, loader):
     mean cross entropy over all micro steps and ranks, and the norm of the gradient before clipping."""
     lr = get_lr(step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
     grad_accum_steps = args.total_batch_size // (loader.B * args.T * WORLD_SIZE)
-    total = torch.zeros((), device=args.device)
+    loss_accum = torch.zeros((), device=args.device)
     for micro_step in range(grad_accum_steps):
-        torch.manual_seed(args.seed + loader.row)  # of dropout, so that a resumed run has the same masks
+        torch.manual_seed(args.seed + loader.row)  # so that a resumed run draws the same dropout masks
         x, y = loader.next_batch()
         if WORLD_SIZE > 1:  # only the last backward averages gradients over ranks; forward prepares for it
             train_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
@@ -476,7 +473,7 @@ def training_step(step, args, train_model, optimizers, owners, loader):
             loss = train_model(x, y)[1]  # no name for the logits, which would keep them in memory
         loss = loss / grad_accum_steps  # gradients add up over micro steps, but the objective is a mean
         loss.backward()
-        total += loss.detach()
+        loss_accum += loss.detach()
     norm = nn.utils.clip_grad_norm_(train_model.parameters(), args.grad_clip or math.inf)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -485,8 +482,7 @@ def training_step(step, args, train_model, optimizers, owners, loader):
     for p, owner in owners.items():
         dist.broadcast(p.detach(), owner)  # every rank gets the parameter that its owner has updated
     train_model.zero_grad(set_to_none=WORLD_SIZE == 1)  # with None, .grad would no longer be DDP's buffer
-    loss, norm = torch.stack((all_reduce(total) / WORLD_SIZE, norm)).tolist()  # the only wait for the GPU
-    return lr, loss, norm
+    return lr, *torch.stack((all_reduce(loss_accum) / WORLD_SIZE, norm)).tolist()  # the CPU waits only here
 
 
 def shard_optimizers(model, optimizers):
@@ -515,7 +511,7 @@ def restore_state(model, optimizers, latest, path):
         optimizer_of = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
         for name, p in model.named_parameters():
             state = latest["optimizers"].pop(name)  # empty if the run was stopped before its first step
-            if any(t.dim() and t.shape != p.shape for t in state.values()):
+            if any(t.dim() and t.shape != p.shape for t in state.values()):  # it would crash the process
                 raise ValueError(f"the optimizer state of {name} does not fit its shape {tuple(p.shape)}")
             if state and p in optimizer_of:
                 optimizer_of[p].state[p] = {key: t.to(p) for key, t in state.items()}
@@ -526,7 +522,7 @@ def restore_state(model, optimizers, latest, path):
 
 
 def log(args, step, **figures):
-    """Append a line `{step} {stream} {value}` for each figure; 9 digits hold a float32 exactly."""
+    """Append lines `{step} {stream} {value}`; 9 digits hold a float32. With --max_steps 0 there are none."""
     if RANK == 0 and args.max_steps > 0:
         with warn_only("training goes on without it"), open(Path(args.log_dir, "log.txt"), "a") as f:
             f.writelines(f"{step} {stream} {value:.9g}\n" for stream, value in figures.items())
@@ -558,7 +554,7 @@ def catch_signals(stack):
             os._exit(128 + number)
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:  # not on Windows
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup, for one, ignores SIGHUP
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup, for one, ignores SIGHUP
             stack.callback(signal.signal, number, signal.signal(number, receive))  # restored by the stack
     return received
 
@@ -612,11 +608,11 @@ def train(args, model, loader, val_loader, tokenizer, items, latest, stop):
         return every and (step % every == 0 or step == args.max_steps)
 
     def save(step, val, *names):  # all ranks must call it
-        weights = {"model": model.state_dict(), "config": asdict(model.config), "step": step, "val_loss": val}
-        state = weights | {"optimizers": collect_state(model, optimizers, owners), "args": vars(args)}
+        plain = {"model": model.state_dict(), "config": asdict(model.config), "step": step, "val_loss": val}
+        everything = plain | {"optimizers": collect_state(model, optimizers, owners), "args": vars(args)}
         for name in names if RANK == 0 else ():
             with complete_file(Path(args.log_dir, name)) as f:
-                torch.save(state if name == "latest.pt" else weights, f)
+                torch.save(everything if name == "latest.pt" else plain, f)
 
     for step in range(start, args.max_steps + 1):
         # Evaluate, sample and save the model after `step` steps.
@@ -626,9 +622,9 @@ def train(args, model, loader, val_loader, tokenizer, items, latest, stop):
         if items and due(step, args.hellaswag_every):
             with autocast(args):
                 guesses = hellaswag.evaluate(model, items, rank=RANK, world_size=WORLD_SIZE, stop=stop)
-            figures["hella"] = hellaswag.accuracy(guesses, items)[1]
+            _acc, figures["hella"] = hellaswag.accuracy(guesses, items)  # the second is acc_norm
         if all_reduce(torch.tensor(len(stop))):  # on the CPU, so that no GPU is waited for
-            save(step, None, "latest.pt")  # no val: the validation may have ended early
+            save(step, None, "latest.pt")  # without figures, because an evaluation may have ended early
             return print0(f"stopped after {step} steps; --resume goes on")
         if figures:
             print0(f"step {step:5d}", *(f"| {name} {value:.4f}" for name, value in figures.items()))
@@ -646,7 +642,7 @@ def train(args, model, loader, val_loader, tokenizer, items, latest, stop):
         t0 = time.perf_counter()
         lr, loss, norm = training_step(step, args, train_model, optimizers, owners, loader)
         if not math.isfinite(loss + norm):
-            raise UserError(f"step {step}: loss {loss}, norm {norm}: lower --max_lr, anew or with --resume")
+            raise UserError(f"step {step}: loss {loss}, norm {norm}: lower --max_lr, with --resume or anew")
         log(args, step, train=loss, lr=lr, norm=norm)
         if due(step, args.print_every):
             speed = args.total_batch_size / (time.perf_counter() - t0)  # tokens a second
@@ -660,11 +656,11 @@ def train(args, model, loader, val_loader, tokenizer, items, latest, stop):
 
 
 def micro_batch_size(args, n_params, vocab_size):
-    """Rows of a micro batch: the largest divisor of a rank's rows of a step up to --B or, if that is 0, up to
-    an estimate of what fits into the GPU's free memory (without a GPU, 8 GB)."""
+    """Rows of a micro batch, the same on all ranks: the largest divisor of a rank's rows of a step up to --B
+    or, if that is 0, up to an estimate of what fits into each GPU's free memory (8 GB without a GPU)."""
     memory = torch.cuda.mem_get_info()[0] if args.device == "cuda" else 8e9  # bytes that are free
-    row = args.T * max(10 * n_params / 1024, 16 * vocab_size)  # bytes; in a small model most are the logits
-    fits = all_reduce(torch.tensor(args.B or max(1.0, memory / row)), dist.ReduceOp.MIN)  # GPUs may differ
+    bytes_per_row = args.T * max(10 * n_params / 1024, 16 * vocab_size)  # in a small model most are logits
+    fits = all_reduce(torch.tensor(args.B or max(1.0, memory / bytes_per_row)), dist.ReduceOp.MIN)
     rows = args.total_batch_size // (args.T * WORLD_SIZE)
     return max(b for b in range(1, rows + 1) if b <= fits and rows % b == 0)
 
@@ -681,6 +677,8 @@ def create_model(args, source, data):
         if new < old or (new > old and name != "n_layer"):  # a model grows in layers only
             raise UserError(f"{origin} has {name} {old}, not {new}: leave out --{name} or --model")
         setattr(args, name, new)
+    if args.T > config.block_size:
+        raise UserError(f"--T {args.T} is longer than the model's context: at most {config.block_size}")
     old, new = config.tokenizer, data.tokenizer
     if old != new and {old, new} & {"gpt2", "bytes"}:  # the same tokenizer.json may be at two paths
         raise UserError(f"{origin} has the tokenizer {old}, {args.data} has {new}: use data of {old}")
@@ -703,7 +701,7 @@ def main(argv=None):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device)
     with contextlib.ExitStack() as stack:  # it unlocks log_dir and restores the signals' handlers
         torch.manual_seed(args.seed)
-        source = latest and latest.pop("model")  # the model to begin with
+        source = latest.pop("model") if latest else None  # the model to begin with
         if args.init_from and not latest:
             source = GPT.from_pretrained(args.init_from)
         is_dir = Path(args.data).is_dir()
@@ -717,9 +715,9 @@ def main(argv=None):
             tokenizer = get_tokenizer(data.tokenizer)
         if args.hellaswag_every:
             items = hellaswag.load_items_on_all_ranks(tokenizer, model.config.block_size)
-        layout = B, args.T, RANK, WORLD_SIZE, min(data.n_vocab, model.config.vocab_size)
-        loader = DataLoaderLite(data.train, *layout, args.seed, args.shuffle, data.eot, args.device)
-        val_loader = DataLoaderLite(data.val, *layout, device=args.device)
+        common = B, args.T, RANK, WORLD_SIZE, min(data.n_vocab, model.config.vocab_size)
+        loader = DataLoaderLite(data.train, *common, args.seed, args.shuffle, data.eot, args.device)
+        val_loader = DataLoaderLite(data.val, *common, device=args.device)
         args.tokenizer, args.shards = data.tokenizer, {Path(k).name: n for k, n in loader.sizes.items()}
         for name in FIXED:
             if latest and getattr(args, name) != (before := latest["args"].get(name)):
@@ -729,21 +727,24 @@ def main(argv=None):
             if RANK == 0:
                 stack.enter_context(locked(args.log_dir))
                 prepare_log_dir(args, latest, n_tokens)
+            all_reduce(torch.zeros(1))  # the others wait here for rank 0, and end if it had an error
             stop = catch_signals(stack)
         print0(f"model: {args.init_from or args.model}, {n_params:,} parameters; log in {args.log_dir}")
         print0(f"data: {args.data}, {n_tokens:,} tokens in an epoch, {args.total_batch_size:,} in a step")
         print0(f"device: {WORLD_SIZE} x {args.device}, {args.dtype}, {B} x {args.T} tokens at a time")
         try:
             train(args, model, loader, val_loader, tokenizer, items, latest, stop)
-        except (MemoryError, torch.OutOfMemoryError):
+        except torch.OutOfMemoryError:
             raise UserError(f"out of memory with --B {B}: lower --B, for the same curve, or --T") from None
+        except torch._dynamo.exc.TorchDynamoException as e:  # there may be no C compiler, or no Triton
+            raise UserError(f"torch.compile failed ({e!s:.150}): use --no-compile") from None
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.backends.cuda.matmul.allow_tf32 = True  # matrix products that stay float32 use TF32 units
-    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory: a tenth of a step on a CPU
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory: CPU steps a tenth faster
         ctypes.CDLL("libc.so.6").mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
         ctypes.CDLL("libc.so.6").mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes that may lie free
     run(main)

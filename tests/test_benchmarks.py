@@ -102,7 +102,8 @@ def test_a_grown_model_is_compared_with_one_from_scratch(run, tmp_path):
     losses = {line[:24].strip(): [float(word) for word in line[24:].split()] for line in said[2:6]}
     before, (start, *_) = losses["1 layers"][1], losses["2 layers, grown"]
     assert abs(start - before) < 0.2 < losses["2 layers, from scratch"][0] - start
-    assert abs(losses["1 layers, trained on"][0] - before) < 0.05  # the control begins where the small model ended
+    # The control begins where the small model ended.
+    assert abs(losses["1 layers, trained on"][0] - before) < 0.05
     assert "final loss of the one from scratch, for good: after" in said[6]
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 

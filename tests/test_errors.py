@@ -59,7 +59,7 @@ def run(shards, tmp_path):
 @pytest.mark.parametrize(
     "flags, says",
     [
-        ("--T 32", "T was 16"),
+        ("--T 8", "T was 16"),
         ("--total_batch_size 256", "total_batch_size was 128"),
         ("--n_embd 32", "has n_embd 16, not 32"),
         ("--n_layer 3", "n_layer was 2"),
@@ -151,4 +151,33 @@ def test_a_fault_that_one_rank_meets_ends_both(shards, tmp_path):
     done = train(*flags, ranks=2)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(lines) == 1 and "has token 60000" in lines[0]
+    assert "onnection closed" not in done.stderr  # the traceback of the other rank
     assert time.monotonic() - began < 60  # it would wait for minutes
+
+
+@pytest.mark.slow
+def test_a_fault_that_rank_0_meets_alone_ends_both(shards, tmp_path):
+    """Only rank 0 looks at log_dir, while rank 1 waits for it."""
+    flags = ["--data", shards, *TINY, "--max_steps", 1, "--log_dir", tmp_path / "log"]
+    main(*flags)
+    done = train(*flags, ranks=2)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(lines) == 1 and "log has a run" in lines[0]
+    assert "onnection closed" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails_is_one_line(shards, tmp_path):
+    """torch.compile needs a C++ compiler on a CPU."""
+    env = {"CXX": str(tmp_path / "no_compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    flags = ["--data", shards, *TINY, "--compile", "--max_steps", 1, "--log_dir", tmp_path / "log"]
+    done = train(*flags, env=env)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert any("error: " in line and "--no-compile" in line for line in done.stderr.splitlines())
+
+
+@pytest.mark.slow
+def test_a_character_that_the_terminal_lacks_does_not_end_a_run(shards, tmp_path):
+    flags = ["--data", shards, *TINY, "--max_steps", 1, "--log_dir", tmp_path / "log"]
+    done = train(*flags, "--sample_every", 1, "--prompt", "naïve", env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "sample 0: na?ve" in done.stdout

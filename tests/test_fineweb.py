@@ -1,5 +1,6 @@
 """fineweb.py: every document once and exactly, the same bytes however it was run, and what goes wrong."""
 
+import functools
 import json
 import os
 import random
@@ -159,7 +160,7 @@ def test_any_number_of_workers_gives_the_same_bytes(corpus, whole, tmp_path):
 
 @pytest.mark.parametrize("batch", [1, 7, 10**9])
 def test_batches_of_any_size_give_each_document_once(tmp_path, monkeypatch, batch):
-    monkeypatch.setattr(fineweb, "BATCH", batch)
+    monkeypatch.setattr(fineweb, "tokenize", functools.partial(fineweb.tokenize, batch_size=batch))
     texts = [text[-90:] for text in make_texts(120, seed=1)]
     write_parquet(tmp_path / "a.parquet", texts[:40], 7)
     write_jsonl(tmp_path / "b.jsonl", texts[40:80])
@@ -169,7 +170,7 @@ def test_batches_of_any_size_give_each_document_once(tmp_path, monkeypatch, batc
     tokenize("--input", tmp_path / "*", tmp_path / "*.jsonl", "--out", tmp_path / "out", "--shard_size", 997)
     assert read_documents(tmp_path / "out") == texts
     first, used = list(read_meta(tmp_path / "out")["shards"].values())[-1]["end"]
-    assert (first, used) == (-(-120 // batch) * batch, 0)  # behind the last batch
+    assert (first, used) == (120, 0)
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "b.parquet", "c.jsonl", "d000.txt"])
@@ -286,6 +287,16 @@ def test_after_a_stop_the_documents_before_the_last_shard_are_left_out(corpus, w
     tokenize("--input", corpus[0] / "*", "--out", out, "--shard_size", SIZE)
     assert contents(out) == contents(whole)
     assert first > 500 and sorted(tokenized) == sorted(corpus[1][first:])
+
+
+@pytest.mark.parametrize("batch_size", [1, 63, 1000])
+def test_a_run_may_go_on_with_batches_of_another_size(corpus, whole, tmp_path, monkeypatch, batch_size):
+    stop_after(whole, out := tmp_path / "out", 20)
+    monkeypatch.setattr(fineweb, "tokenize", functools.partial(fineweb.tokenize, batch_size=batch_size))
+    tokenize("--input", corpus[0] / "*", "--out", out, "--shard_size", SIZE)
+    assert contents(out).keys() == contents(whole).keys()
+    for path in out.glob("*.npy"):
+        assert path.read_bytes() == (whole / path.name).read_bytes()
 
 
 def test_two_runs_never_write_to_one_directory(tmp_path):
@@ -788,6 +799,12 @@ def test_shards_of_gpt2_need_no_meta_json(lecture_shards):
     for i, (path, n) in enumerate(zip([*data.val.values(), *data.train.values()], (170, 325, 200, 150))):
         assert np.array_equal(open_shard(path), make_tokens(n, i, 50256))
     assert data[2:] == ("gpt2", 50257, 50256)
+
+
+def test_hidden_files_are_no_shards(lecture_shards):
+    """macOS writes ._NAME beside a file on disks of other systems."""
+    (lecture_shards / "._edufineweb_train_000001.npy").write_bytes(b"\0\5\26\7")
+    assert len(find_shards(lecture_shards).train) == 3
 
 
 def test_the_word_in_the_name_says_the_split(tmp_path):

@@ -24,7 +24,7 @@ def test_layers_of_a_grown_model_are_those_of_the_recipe(capsys):
     """18 layers, as in gpt-580m, become 24, as in gpt-760m."""
     small = GPT(GPTConfig(8, 16, 18, 2, 4))
     state = {name: w.clone() for name, w in small.state_dict().items()}
-    args = SimpleNamespace(n_layer=24, n_head=None, n_embd=4, dropout=0.1, init_from="small")
+    args = SimpleNamespace(T=8, n_layer=24, n_head=None, n_embd=4, dropout=0.1, init_from="small")
     grown = create_model(args, small, Data({}, {}))
     layers = "0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12, 12, 13, 14, 15, 15, 16, 17"
     assert layers in capsys.readouterr().out
