@@ -72,7 +72,8 @@ def draw(ax, steps, losses, label, **style):
 def save_chart(fig, ax, path, title):
     ax.set_ylabel("validation loss (nats a token)")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, title=f"{title}: final loss (band: range over seeds)")
+    title = f"{title}: final loss\n(band: range over seeds)"
+    fig.legend(loc="outside right upper", frameon=False, title=title)
     fig.savefig(path, dpi=110)
     print(f"chart in {path}")
 
@@ -123,7 +124,7 @@ def main():
 
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    fig, ax = plt.subplots(figsize=(10, 4.5), layout="constrained")
     shades = np.linspace(0.4, 0.95, len(args.lrs))
     colors = [*plt.cm.Blues(shades), *plt.cm.Oranges(shades)]
     for i, ((optimizer, lr), curves) in enumerate(losses.items()):

@@ -64,7 +64,7 @@ def main():
 
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    fig, ax = plt.subplots(figsize=(10, 4.5), layout="constrained")
     styles = ("#999999", "-"), ("#d0701c", "-"), ("#3465a4", "-"), ("#2e8b3d", "--")
     for (name, losses), (color, line) in zip(curves.items(), styles):
         begin = -args.steps if name == f"{small} layers" else 0  # the small model ends where the others begin
