@@ -308,6 +308,7 @@ def find_shards(directory):
 # --------------------------------------------------------------------------------------------------
 # Reading documents
 
+
 def read_file(path, column):
     """Yields (the fraction of the file read so far, its text or None) for each record."""
     if path.endswith(".parquet"):
@@ -476,8 +477,7 @@ def main(argv=None):
     tokenizer, sources, out = get_tokenizer(args.tokenizer), choose_sources(args), Path(args.out)
     tokenizer_json = getattr(tokenizer, "json", b"")  # of a tokenizer of Hugging Face
     names = [(Path(path).name, size) for _, files in sources.values() for path, size in files.items()]
-    # A run goes on only with the same settings: the same patterns, and files of the same names and sizes.
-    settings = {
+    settings = {  # a run goes on only with the same ones
         "tokenizer": "tokenizer.json" if tokenizer_json else tokenizer.name, "vocab_size": tokenizer.n_vocab,
         "eot": tokenizer.eot_token, "shard_size": args.shard_size, "column": args.column,
         "shares": {name: share for name, (share, _) in sources.items()},
