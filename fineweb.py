@@ -232,7 +232,7 @@ def encode_documents(tokenizer, texts):
     for text in texts:
         # JSON may hold half of a surrogate pair, for which UTF-8 has no bytes: it becomes U+FFFD.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        # encode_to_numpy makes no list of Python numbers, for which threads would wait for each other.
+        # tiktoken makes no list of Python numbers here, for which threads would wait for each other.
         pieces += [tokenizer.eot_token], tokenizer.encode_to_numpy(text, disallowed_special=())
     return np.concatenate(pieces, dtype=np.uint16, casting="unsafe")  # from uint32; no id is above 65,535
 
@@ -330,7 +330,7 @@ def read_file(path, column):
 
 def read_source(share, files, column):
     """Yields (the fraction of all bytes read so far, text) for each document that is taken. An empty text is
-    no document. share: of the documents that are taken, evenly over the files. files: {path: bytes}."""
+    no document. share: what part of the documents is taken, evenly over the files. files: {path: bytes}."""
     total, before, number = sum(files.values()), 0, 0  # bytes of all, of the files before; documents so far
     for path, size in files.items():
         with readable(path, "mend it, with a new --out; --column says where .jsonl and .parquet have text"):
@@ -375,7 +375,7 @@ def find_files(pattern):
     paths = [pattern] if os.path.isfile(pattern) else sorted(glob(pattern, recursive=True))
     paths = [path for path in paths if os.path.isfile(path) and path.endswith((".parquet", ".jsonl", ".txt"))]
     if not paths:
-        raise UserError(f"{pattern} matches no .parquet, .jsonl or .txt file: try 'docs/**/*.txt', say")
+        raise UserError(f"{pattern} matches no .parquet, .jsonl or .txt file: give one like 'docs/**/*.txt'")
     return {path: os.path.getsize(path) for path in paths}
 
 

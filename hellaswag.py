@@ -107,7 +107,7 @@ def evaluate(model, items, batch_size=None, rank=0, world_size=1, stop=(), progr
     model.eval()
     mine = range(rank, len(items), world_size)
     rows = [(i, k, items[i][0] + items[i][1][k], len(items[i][1][k])) for i in mine for k in range(4)]
-    rows.sort(key=lambda row: len(row[2]))  # rows of similar length go together, so that little is padding
+    rows.sort(key=lambda row: len(row[2]))  # so that little of a batch is padding
     sums, means = torch.zeros(2, len(items), 4)
     for first in tqdm(range(0, len(rows), batch_size), disable=not progress):
         if stop:
@@ -226,7 +226,7 @@ def write_contamination(args):
     path = args.data or download(args.split)
     tokenizer = get_tokenizer(shards.tokenizer)
     items = load_items(path, tokenizer, limit=args.limit)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # an error now, not after the scan
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # if that fails, now and not after the scan
     found = contamination(items, list(shards.train.values()), tokenizer)
     about = {"data": Path(path).name, "items": len(items), "shards": args.contamination}
     write_json(args.out, about | {"overlapping": found})

@@ -77,7 +77,7 @@ class CausalSelfAttention(nn.Module):
         # Heads become a batch dimension: q, k and v are (B, n_head, T, head_size).
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))
         p = self.dropout.p if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)  # never stores (T, T)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)  # fused: no (T, T) in memory
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.dropout(self.c_proj(y))
 
@@ -255,8 +255,8 @@ def load_checkpoint(path, mend="give a checkpoint that training wrote"):
 # --------------------------------------------------------------------------------------------------
 # Settings: the flags, and presets of their values
 
-# What differs from GPT-2 124M, whose values are the defaults of the flags. Rates and warmup: GPT-3 paper,
-# table 2.1 and appendix B (its models have --T 2048). "gpt-760m" grows from "gpt-580m": see the README.
+# What differs from GPT-2 124M, whose values are the defaults of the flags. GPT-2's sizes have the rates and
+# warmup of the GPT-3 paper (table 2.1, appendix B; --T 2048 there). gpt-580m and gpt-760m: see the README.
 PRESETS = {
     "gpt2": {},
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "max_lr": 3e-4},  # 350M
@@ -292,7 +292,7 @@ def build_parser():
     flag("tokenizer", str, None, "for text (shards bring theirs): gpt2, bytes or a tokenizer.json")
     flag("shuffle", bool, True, "a new order of shards and documents in every epoch")
     flag("model", str, None, "preset (gpt2 for shards, else tiny)", choices=PRESETS)
-    flag("n_layer", int, 12, "layers; with --init_from, more than the weights have make the model grow")
+    flag("n_layer", int, 12, "layers; with --init_from, the model grows if the weights have fewer")
     flag("n_head", int, 12, "attention heads")
     flag("n_embd", int, 768, "width of the residual stream")
     flag("dropout", float, 0.0, "probability, on attention weights and the output of each attention and MLP")
@@ -358,7 +358,7 @@ def parse_args(argv=None):
         parser.error(f"--min_lr {args.min_lr} is above --max_lr {args.max_lr}: give both")
     if args.total_batch_size % (unit := args.T * WORLD_SIZE):
         parser.error(f"--total_batch_size {args.total_batch_size} is no multiple of T * ranks, {unit}")
-    has_gpus = torch.accelerator.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # enough
+    has_gpus = torch.accelerator.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # one each
     fastest = torch.accelerator.current_accelerator().type if has_gpus else "cpu"
     args.device = args.device or fastest
     if args.device not in (fastest, "cpu"):
@@ -642,7 +642,7 @@ def train(args, model, loader, val_loader, tokenizer, items, latest, stop):
         t0 = time.perf_counter()
         lr, loss, norm = training_step(step, args, train_model, optimizers, owners, loader)
         if not math.isfinite(loss + norm):
-            raise UserError(f"step {step}: loss {loss}, norm {norm}: lower --max_lr, with --resume or anew")
+            raise UserError(f"step {step}: loss {loss}, norm {norm}: lower --max_lr (new run or --resume)")
         log(args, step, train=loss, lr=lr, norm=norm)
         if due(step, args.print_every):
             speed = args.total_batch_size / (time.perf_counter() - t0)  # tokens a second
@@ -707,7 +707,7 @@ def main(argv=None):
         is_dir = Path(args.data).is_dir()
         name = args.tokenizer or (source.config.tokenizer if source else "gpt2")
         data = find_shards(args.data) if is_dir else load_text(args.data, get_tokenizer(name))
-        model = create_model(args, source, data).to(args.device).train()
+        model = create_model(args, source, data).to(args.device)
         del source
         n_params = sum(p.numel() for p in model.parameters())
         B = micro_batch_size(args, n_params, model.config.vocab_size)

@@ -5,12 +5,14 @@ hellaswag.py against the plain way: transformers' GPT2LMHeadModel, an item at a 
     python benchmarks/hellaswag.py --items 32 --rounds 5 --dtype bfloat16
 
 Prints items a second of both, medians of alternating rounds, and their ratio. In float32, guesses that differ
-are an error. Then tokens a second of --contamination, for 10,000 items in four shards of random tokens.
+are an error. Then tokens a second of --contamination, for 10,000 items in four shards of random tokens. Takes
+some five minutes on two cores, and needs GPT-2's tokenizer, a download (offline: --tokenizer bytes).
 """
 
 import sys
 from pathlib import Path
 
+# Import from the project's folder, not from benchmarks/, which has a hellaswag.py of its own.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import statistics
@@ -70,15 +72,16 @@ def scan(tokens, tokenizer):
 
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("--items", type=int, default=64, help="(%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--items", type=int, default=64, help="number of made-up items (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="measured; the median counts (%(default)s)")
     parser.add_argument("--scan", type=int, default=400_000_000, help="tokens to scan (%(default)s)")
     parser.add_argument("--tokenizer", default="gpt2", help="whose tokens are scanned (%(default)s)")
-    parser.add_argument("--n_layer", type=int, default=12, help="of the model (%(default)s)")
+    parser.add_argument("--n_layer", type=int, default=12, help="layers of the model (%(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="(%(default)s)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="(%(default)s)")
     args = parser.parse_args()
+    tokenizer = get_tokenizer(args.tokenizer)
     print(machine(args.device))
     model = GPT(GPTConfig(n_layer=args.n_layer)).to(args.device).eval()
     hf = GPT2LMHeadModel(GPT2Config(n_layer=args.n_layer)).to(args.device).eval()
@@ -98,7 +101,7 @@ def main():
     a, b = (args.items / statistics.median(times[1:]) for times in seconds.values())
     print(f"{args.device}, {args.dtype}: {a:.2f} items a second one at a time with transformers, "
           f"{b:.2f} with hellaswag.py: {b / a:.2f} times")  # fmt: skip
-    speed = scan(args.scan, get_tokenizer(args.tokenizer))
+    speed = scan(args.scan, tokenizer)
     print(f"--contamination: {speed / 1e6:.0f} million tokens a second")
 
 

@@ -3,16 +3,18 @@ Short trainings of the tiny preset, on 8 x 128 bytes of text a step, with AdamW 
 rates, three seeds each.
 
     python benchmarks/learning_rate.py     # Python's standard library as text, 10 to 30 minutes
-    python benchmarks/learning_rate.py --data input.txt --steps 100 --seeds 1
+    python benchmarks/learning_rate.py --data input.txt --steps 100 --seeds 1 --out chart.png
 
 Prints the validation loss at the end, mean and standard deviation over seeds, and after what share of the
-steps each setting has reached, for good, the final loss of AdamW at the lowest rate and at its best one.
-Losses that differ by less than their deviations are no evidence. Trainings run side by side, one a core.
+steps each setting has reached, for good, the final loss of AdamW at the lowest rate and at its best one. A
+difference that is smaller than the standard deviations is no evidence that a setting is better. Trainings run
+side by side, one on each core.
 """
 
 import sys
 from pathlib import Path
 
+# Import from the project's folder, not from benchmarks/, which has a hellaswag.py of its own.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import os
@@ -42,8 +44,8 @@ def text_file(args, directory):
 
 
 def train(log_dir, steps, **flags):
-    """One training of the tiny preset, or what the flags make of it, in a process of one thread. Returns
-    {step: validation loss} for 25 steps, the first and the last."""
+    """Train the tiny preset, changed by these flags, in a process of one thread. Returns {step: validation
+    loss} at step 0, about 25 times during the run, and at the end."""
     flags |= {"model": "tiny", "B": 8, "total_batch_size": 1024, "device": "cpu", "log_dir": log_dir,
               "max_steps": steps, "warmup_steps": steps // 10, "val_every": max(steps // 25, 1),
               "val_tokens": 4096, "sample_every": 0, "checkpoint_every": steps}  # fmt: skip
@@ -81,15 +83,16 @@ def save_chart(fig, ax, path, title):
 def add_flags(parser, chart):
     parser.add_argument("--data", help="text file or directory of shards (Python's standard library)")
     parser.add_argument("--tokenizer", default="bytes", help="of a text file (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each setting (%(default)s)")
     parser.add_argument("--steps", type=int, default=500, help="of each training (%(default)s)")
-    parser.add_argument("--out", default=f"benchmarks/figures/{chart}", help="the chart (%(default)s)")
+    out = Path(__file__).resolve().parent / "figures" / chart
+    parser.add_argument("--out", default=out, help="the chart")
 
 
 def main():
     parser = make_parser(__doc__)
     add_flags(parser, "learning_rate.png")
-    parser.add_argument("--lrs", type=float, nargs="+", default=RATES, help="(%(default)s)")
+    parser.add_argument("--lrs", type=float, nargs="+", default=RATES, help="rates to try %(default)s")
     args = parser.parse_args()
     print(machine())
     settings = [(optimizer, lr) for optimizer in ("adamw", "muon") for lr in args.lrs]
@@ -108,7 +111,7 @@ def main():
     for setting in settings:
         losses[setting] = np.array([list(runs[*setting, seed].values()) for seed in range(args.seeds)])
     final = {setting: curves[:, -1].mean() for setting, curves in losses.items()}
-    lowest = "adamw", args.lrs[0]
+    lowest = "adamw", min(args.lrs)
     best = min((setting for setting in settings if setting[0] == "adamw"), key=final.get)
 
     print(f"{'optimizer':9} {'max_lr':>8} {'final loss':>10} {'std':>6}   share of the steps until AdamW's "

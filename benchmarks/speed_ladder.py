@@ -15,6 +15,7 @@ divides the time of its step. A rung that does not fit into memory is left out.
 import sys
 from pathlib import Path
 
+# Import from the project's folder, not from benchmarks/, which has a hellaswag.py of its own.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
@@ -48,13 +49,13 @@ RUNGS = [
     ("not compiled", {"compile": False}, None, ("cpu", "cuda")),
 ]
 # FLOP/s of dense matrix products, from NVIDIA's data sheets and white papers: in bfloat16, added up in
-# float32; in float32 for T4 and V100, which have no bfloat16. The first name in the GPU's name counts.
+# float32; in float32 for T4 and V100, which have no bfloat16. The first that is part of a GPU's name is used.
 PEAK_FLOPS = {
     "A100": 312e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
     "T4": 8.1e12, "V100": 15.7e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12,
 }  # fmt: skip
-# Words in the profiler's names of a GPU's kernels and a CPU's functions. The first kind with a word counts.
+# Words in the profiler's names of a GPU's kernels and a CPU's functions. The first match counts.
 KINDS = {
     "compiled": ("triton_", "compiled"),
     "attention": ("flash", "fmha", "sdpa", "cudnn", "scaled_dot"),
@@ -73,17 +74,18 @@ def rungs(device):
     return ladder
 
 
-def four_line_attention(q, k, v, dropout_p, is_causal):
+def plain_attention(q, k, v, dropout_p, is_causal):
+    """Takes the place of F.scaled_dot_product_attention, and stores the (T, T) scores. Dropout is 0 here."""
     att = q @ k.transpose(-2, -1) / math.sqrt(k.size(-1))
     att = att.masked_fill(~torch.ones(att.shape[-2:], dtype=torch.bool, device=q.device).tril(), -math.inf)
     return att.softmax(dim=-1) @ v
 
 
 def keep_freed_memory():
-    """What train_gpt2.py does when it is started: glibc maps no block by itself, and gives none back."""
+    """As train_gpt2.py does at its start: glibc keeps freed memory, and does not give it back."""
     with contextlib.suppress(OSError, AttributeError):  # not every system has glibc
-        ctypes.CDLL("libc.so.6").mallopt(-4, 0)
-        ctypes.CDLL("libc.so.6").mallopt(-1, 2**31 - 1)
+        ctypes.CDLL("libc.so.6").mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL("libc.so.6").mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def flops_per_token(n_params, n_layer, n_embd, T):
@@ -97,14 +99,14 @@ def wait(args):
         torch.cuda.synchronize()
 
 
-def make_step(args, vocab_size, **options):
+def make_step(
+    args, vocab_size, tf32=False, bfloat16=False, compile=False, flash=False, fused=False, keep=False
+):
     """A function that does a training step and returns its loss, a tensor."""
-    names = "tf32", "bfloat16", "compile", "flash", "fused", "keep"
-    tf32, bfloat16, compile, flash, fused, keep = (options.get(name, False) for name in names)
     if keep:
         keep_freed_memory()
     if not flash:
-        F.scaled_dot_product_attention = four_line_attention
+        F.scaled_dot_product_attention = plain_attention  # train_gpt2.py finds it there
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.manual_seed(42)
     # The weights are the same with and without the padding of the vocabulary.
@@ -145,7 +147,8 @@ def measure(args, options):
         times.append(time.perf_counter() - start)
         if i == 0:
             first_loss = loss.item()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     if args.device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
     return {"loss": first_loss, "first": times[0], "ms": [1000 * t for t in times[1:]], "MB": peak}
@@ -195,7 +198,8 @@ def profile(args, options):
 
 
 def start_process(args, **flags):
-    """What a process of its own measures with these flags beside those of this one; None if it fails."""
+    """Run this script in a new process, with its own flags and these. Returns what it measured, None if it
+    failed."""
     more = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     done = subprocess.run([sys.executable, *sys.argv, *more], capture_output=True, text=True)
     print(" ".join(map(str, flags.values())), "failed" if done.returncode else "", file=sys.stderr)
@@ -222,7 +226,8 @@ def report(args, medians, results, sweep):
 
     print(f"{n_params / 1e6:.0f}M parameters, {args.B} x {args.T} tokens a step")
     print(f"the bfloat16 matrix products of a step alone: {matmul:.0f} ms")
-    # first: seconds of the first step; matmul: share of the matrix products; A100: the lecture's ms
+    print("MB: peak memory; first: seconds of the first step; gain: over the line above;")
+    print("matmul: share of a step that its matrix products need; A100: the lecture's ms")
     print(f"{'':18} {'ms':>7} {'tokens/s':>9} {'MFU':>6} {'MB':>7} {'first':>6} {'loss':>8} {'gain':>6} "
           f"{'matmul':>6} {'A100':>5}")  # fmt: skip
     lecture, before = {name: ms for name, _, ms, _ in RUNGS}, None
@@ -241,11 +246,11 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="(%(default)s)")
     for name, default in ("n_layer", 12), ("n_head", 12), ("n_embd", 768), ("T", 1024):
-        parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
+        parser.add_argument(f"--{name}", type=int, default=default, help="as of train_gpt2.py (%(default)s)")
     parser.add_argument("--B", type=int, help="rows of a step (4 on a CPU, 16 on a GPU)")
-    parser.add_argument("--sweep", type=int, nargs="*", help="other B (on a GPU 4 8 32 64, else none)")
+    parser.add_argument("--sweep", type=int, nargs="*", help="other B, compiled (on a GPU 4 8 32 64)")
     parser.add_argument("--steps", type=int, help="measured in each round (3 on a CPU, 20 on a GPU)")
-    parser.add_argument("--rounds", type=int, help="(3 on a CPU, 1 on a GPU)")
+    parser.add_argument("--rounds", type=int, help="processes for each rung (3 on a CPU, 1 on a GPU)")
     parser.add_argument("--rung", help=argparse.SUPPRESS)  # what a process is told to measure
     args = parser.parse_args()
     cuda = args.device == "cuda"
@@ -255,7 +260,7 @@ def main():
     if args.sweep is None:
         args.sweep = [4, 8, 32, 64] if cuda else []
     ladder = rungs(args.device)
-    compiled = list(ladder)[-2]  # the last one that is
+    compiled = list(ladder)[-2]  # the last rung that is: only "not compiled" comes after it
 
     if args.rung:
         if args.rung == "matmul":

@@ -5,15 +5,16 @@ on. Beside it, one of 4 layers is trained from scratch, and the 3 layers are tra
 the control: what more training alone would have given. Three seeds.
 
     python benchmarks/warm_start.py        # Python's standard library as text, 5 to 10 minutes
-    python benchmarks/warm_start.py --data input.txt --steps 100 --seeds 1
+    python benchmarks/warm_start.py --data input.txt --steps 100 --seeds 1 --out chart.png
 
 Prints the losses and how many steps the grown model needs for the final loss of the one from scratch, and
-draws both.
+draws the validation losses of all four.
 """
 
 import sys
 from pathlib import Path
 
+# Import from the project's folder, not from benchmarks/, which has a hellaswag.py of its own.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import os
@@ -30,7 +31,7 @@ from fineweb import make_parser
 def main():
     parser = make_parser(__doc__)
     add_flags(parser, "warm_start.png")
-    parser.add_argument("--layers", type=int, nargs=2, default=[3, 4], help="of the two models (%(default)s)")
+    parser.add_argument("--layers", type=int, nargs=2, default=[3, 4], help="of both models %(default)s")
     args = parser.parse_args()
     print(machine())
     small, large = args.layers
@@ -48,10 +49,14 @@ def main():
         grown = [pool.submit(small_and_what_follows, seed) for seed in range(args.seeds)]
         scratch = [pool.submit(run, "scratch", seed, large, **common) for seed in range(args.seeds)]
         befores, afters, controls = zip(*(job.result() for job in grown))
-        fresh = [job.result() for job in scratch]
-    steps = np.array(list(fresh[0]))
-    curves = {f"{small} layers": befores, f"{large} layers, grown": afters,
-              f"{large} layers, from scratch": fresh, f"{small} layers, trained on": controls}  # fmt: skip
+        scratches = [job.result() for job in scratch]
+    steps = np.array(list(scratches[0]))
+    curves = {
+        f"{small} layers": befores,
+        f"{large} layers, grown": afters,
+        f"{large} layers, from scratch": scratches,
+        f"{small} layers, trained on": controls,
+    }
     curves = {name: np.array([list(run.values()) for run in runs]) for name, runs in curves.items()}
     print(f"{'validation loss':24} {'at step 0':>9} {'at the end':>10} {'std':>6}")
     for name, losses in curves.items():
