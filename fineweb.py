@@ -300,7 +300,7 @@ def find_shards(directory):
                 raise UserError(f"{path} is not as in {file}: delete it, and call fineweb.py as before")
         if not meta["complete"] or not all(Path(directory, name).exists() for name in meta["shards"]):
             print0(f"warning: {directory} is not complete: the same call of fineweb.py goes on with it")
-        if meta["tokenizer"] == "tokenizer.json":  # the copy of a Hugging Face tokenizer, beside the shards
+        if meta["tokenizer"].endswith("tokenizer.json"):  # the copy of a Hugging Face tokenizer
             meta["tokenizer"] = str(Path(directory, "tokenizer.json"))
         return Data(*splits.values(), meta["tokenizer"], meta["vocab_size"], meta["eot"])
 

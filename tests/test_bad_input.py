@@ -246,7 +246,6 @@ NOT_REFUSED = [
     ("config/tokenizer", "x"),
     # No program writes these, and checksums guard a checkpoint from damage. They end in a traceback.
     ("config/tokenizer", {}),
-    *[("step", value) for value in (None, -1, NAN, "x", {})],
     ("config/n_layer", 10**30),
 ]
 
@@ -302,7 +301,7 @@ def test_a_wrong_value_in_a_checkpoint_is_named(refused, keys, value):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "keys, value",
-    pairs("step", "optimizers", "args", "optimizers/transformer.wte.weight/exp_avg",
+    pairs("optimizers", "args", "optimizers/transformer.wte.weight/exp_avg",
           "optimizers/transformer.wte.weight/step"),
 )  # fmt: skip
 def test_a_wrong_value_in_the_state_of_a_run_is_named(refused, keys, value):
