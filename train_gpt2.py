@@ -744,7 +744,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     torch.backends.cuda.matmul.allow_tf32 = True  # matrix products that stay float32 use TF32 units
-    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory: CPU steps a tenth faster
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory: faster steps on a CPU
         ctypes.CDLL("libc.so.6").mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
         ctypes.CDLL("libc.so.6").mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes that may lie free
     run(main)

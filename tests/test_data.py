@@ -147,19 +147,19 @@ def test_a_last_shard_shorter_than_a_row_is_left_out(lecture_shards):
 
 
 @pytest.mark.slow
-def test_memory_stays_at_about_two_shards(tmp_path):
-    """Four shards of 40 MB, read across every border. Mapped files count here, which the system may drop."""
+def test_memory_stays_at_about_three_shards(tmp_path):
+    """Four shards of 40 MB: one as it is mapped, the same in the order of an epoch, and the one before."""
     n = 20_000_000
     for i in range(5):
         tokens = np.full(n, i, dtype=np.uint16)
         tokens[::1000] = EOT
         np.save(tmp_path / f"x_{'val' if i == 0 else 'train'}_{i:06d}.npy", tokens)
     code = """
-import resource, sys
+import sys
 from fineweb import find_shards
 from train_gpt2 import DataLoaderLite
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # in MB. getrusage's would begin with the peak of pytest, which started this process
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
 shards = find_shards(sys.argv[1]).train
 before = peak()
 loader = DataLoaderLite(shards, 64, 1024, seed=1, shuffle=True)
@@ -169,4 +169,4 @@ print(peak() - before)
 """
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 2.5 * 2 * n / 2**20
+    assert 2 < float(done.stdout) / (2 * n / 2**20) < 4.3  # and 30 MB that torch and numpy need at first use

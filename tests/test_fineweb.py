@@ -48,7 +48,7 @@ def write_jsonl(path, texts):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """3,000 documents in three formats, several batches of characters; and their texts in order."""
+    """3,000 documents in three formats, many batches of them; and their texts in order."""
     directory, texts = tmp_path_factory.mktemp("corpus"), make_texts(3000)
     write_parquet(directory / "a.parquet", texts[:1000], 1000)
     write_parquet(directory / "b.parquet", texts[1000:1600], 97)
@@ -203,7 +203,7 @@ def test_stopped_at_random_moments_it_goes_on_to_the_same_bytes(corpus, whole, t
     flags = "--input", corpus[0] / "*", "--out", out, "--shard_size", SIZE, "--workers", 2
     for _ in range(2):
         with subprocess.Popen(command(*flags), env=environment(), stderr=subprocess.PIPE) as process:
-            count = len(listed) + rng.randint(1, 5)  # of 56 shards, some ten in a batch
+            count = len(listed) + rng.randint(1, 5)  # of 56 shards, about one in a batch
             while process.poll() is None and len(list(out.glob("*.npy"))) < count:
                 time.sleep(0.001)
             time.sleep(rng.random() / 50)

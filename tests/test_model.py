@@ -212,7 +212,7 @@ def test_decayed_parameters_are_those_of_the_lecture():
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
 
 
-def test_every_tensor_begins_as_in_the_release():
+def test_every_tensor_begins_as_in_the_lecture():
     """Normal with a standard deviation of 0.02, where a sum is added to the residual stream of
     0.02 / sqrt(2 * 8 layers) = 0.005. Biases are 0, and the weights of norms 1."""
     model = GPT(GPTConfig(block_size=256, vocab_size=512, n_layer=8, n_head=4, n_embd=128))
