@@ -6,11 +6,10 @@ scripts: the tokenizers, and safe reading and writing of files.
     # a mixture: a quarter of the books, and all of the web pages
     python fineweb.py --mix 'books/*.jsonl:0.25' 'web/*.parquet:1' --out DIR
 
-A document is the end-of-text token followed by the tokens of its text. All
-documents, in the order of their files, form one sequence, which is cut into
-shards of exactly --shard_size tokens; the last shard is shorter. Shard 0 is
-the validation split. After a stop, the same command reads the documents again
-without tokenizing them, and goes on where the last shard ends.
+A document is the end-of-text token and the tokens of its text. All documents,
+in the order of their files, are cut into shards of exactly --shard_size
+tokens; the last is shorter. Shard 0 is for validation. After a stop, the same
+command skips the documents that are in the shards, and goes on from there.
 """
 
 import argparse
@@ -60,7 +59,8 @@ def print0(*args, rank=0):
 
 def run(main):
     """Call `main()`. A UserError or an OSError is printed as one `error:` line, with exit status 2."""
-    sys.stdout.reconfigure(errors="replace")  # Windows' cp1252 has few of the characters of a sample
+    if sys.stdout:  # none is there if the shell closed it. Windows' cp1252 has few of a sample's characters
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except KeyboardInterrupt:

@@ -525,7 +525,7 @@ def test_help_fits_into_80_columns(name, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         importlib.import_module(name).main(["--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) >= 30 and max(map(len, lines)) <= 80
+    assert len(lines) >= 20 and max(map(len, lines)) <= 80
 
 
 def test_tokens_a_second_and_time_left(shards, tmp_path, monkeypatch, capsys):
@@ -603,10 +603,10 @@ def test_two_runs_never_share_a_directory(shards, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reader", ["head -n 1", "cat > /dev/full"])
-def test_output_that_nobody_takes_does_not_end_a_run(shards, tmp_path, reader):
+@pytest.mark.parametrize("output", ["| head -n 1", "| cat > /dev/full", ">&-"])
+def test_output_that_nobody_takes_does_not_end_a_run(shards, tmp_path, output):
     flags = ["--data", shards, *RUN, "--sample_every", 5, "--log_dir", tmp_path / "log"]
-    line = f"{shlex.join(command(*flags))} | {reader}"
+    line = f"{shlex.join(command(*flags))} {output}"
     subprocess.run(line, shell=True, env=environment(), capture_output=True, timeout=100)
     assert load(tmp_path / "log" / "latest.pt")["step"] == 20
 
