@@ -707,7 +707,7 @@ def main(argv=None):
         is_dir = Path(args.data).is_dir()
         name = args.tokenizer or (source.config.tokenizer if source else "gpt2")
         data = find_shards(args.data) if is_dir else load_text(args.data, get_tokenizer(name))
-        model = create_model(args, source, data).to(args.device)
+        model = create_model(args, source, data)
         del source
         n_params = sum(p.numel() for p in model.parameters())
         B = micro_batch_size(args, n_params, model.config.vocab_size)
@@ -733,7 +733,7 @@ def main(argv=None):
         print0(f"data: {args.data}, {n_tokens:,} tokens in an epoch, {args.total_batch_size:,} in a step")
         print0(f"device: {WORLD_SIZE} x {args.device}, {args.dtype}, {B} x {args.T} tokens at a time")
         try:
-            train(args, model, loader, val_loader, tokenizer, items, latest, stop)
+            train(args, model.to(args.device), loader, val_loader, tokenizer, items, latest, stop)
         except torch.OutOfMemoryError:
             raise UserError(f"out of memory with --B {B}: lower --B, for the same curve, or --T") from None
         except torch._dynamo.exc.TorchDynamoException as e:  # there may be no C compiler, or no Triton

@@ -118,11 +118,14 @@ def test_max_steps_below_the_steps_that_a_run_has_are_refused(run, capsys):
     assert "--max_steps 1 is out of range: it must be at least 2" in line
 
 
-def test_out_of_memory_is_one_line_that_says_what_to_lower(shards, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where, name", [(train_gpt2, "training_step"), (train_gpt2.GPT, "to")])
+def test_out_of_memory_is_one_line_that_says_what_to_lower(shards, tmp_path, monkeypatch, where, name):
+    """In a step, or already where the model is moved to a GPU that is full."""
+
     def fail(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(train_gpt2, "training_step", fail)
+    monkeypatch.setattr(where, name, fail)
     line = refused("--data", shards, *TINY, "--B", 8, "--max_steps", 1, "--log_dir", tmp_path / "log")
     assert line == "out of memory with --B 8: lower --B, for the same curve, or --T"
 
