@@ -286,29 +286,21 @@ def test_a_wrong_value_in_the_meta_json_of_shards_that_are_gone_on_with_is_named
     refused(fineweb, GO_ON, "meta.json")
 
 
+MODEL = pairs("model", "config", "config/n_layer", "config/n_embd", "config/vocab_size", "config/tokenizer")
+MOMENT = "optimizers/transformer.wte.weight"
+STATE = pairs("optimizers", "args", f"{MOMENT}/exp_avg", f"{MOMENT}/step")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "keys, value",
-    pairs("model", "config", "config/n_layer", "config/n_embd", "config/vocab_size", "config/tokenizer"),
+    "flags, keys, value", [(INIT, *pair) for pair in MODEL] + [(RESUME, *pair) for pair in STATE]
 )
-def test_a_wrong_value_in_a_checkpoint_is_named(refused, keys, value):
+def test_a_wrong_value_in_a_checkpoint_is_named(refused, flags, keys, value):
+    """The state of the optimizers and the settings are read only where a run is resumed."""
     checkpoint = load("log/latest.pt")
     assign(checkpoint, keys, value)
     torch.save(checkpoint, "log/latest.pt")
-    refused(train_gpt2, INIT, "latest.pt")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "keys, value",
-    pairs("optimizers", "args", "optimizers/transformer.wte.weight/exp_avg",
-          "optimizers/transformer.wte.weight/step"),
-)  # fmt: skip
-def test_a_wrong_value_in_the_state_of_a_run_is_named(refused, keys, value):
-    checkpoint = load("log/latest.pt")
-    assign(checkpoint, keys, value)
-    torch.save(checkpoint, "log/latest.pt")
-    refused(train_gpt2, RESUME, "latest.pt")
+    refused(train_gpt2, flags, "latest.pt")
 
 
 @pytest.mark.slow
